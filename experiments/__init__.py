@@ -1,0 +1,1 @@
+"""Studies, one file each, and the runner that carries them out."""

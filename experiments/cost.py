@@ -1,0 +1,78 @@
+"""What a study will cost, before it starts: parameters, FLOPs, memory and time of every point."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lm.sizes import flops_per_sequence, parameters
+from lm.train.cell import Cell, Point
+
+# One core of a 2025 server (float32, batch 64 x 32, measured by `lm run experiments/desk.py`): a
+# token costs time for memory traffic and dispatch beside its FLOPs, and more of it the more layers
+# there are.
+FLOPS_PER_SECOND = 25e9
+SECONDS_PER_TOKEN = 0.5e-6
+SECONDS_PER_TOKEN_LAYER = 0.45e-6
+COMPILE_SECONDS = 8.0
+COLUMNS = ("point", "params", "total", "replicas", "tokens", "steps", "FLOPs", "MiB", "min")
+
+
+def seconds(cell: Cell) -> float:
+    """Estimated seconds of one core for all replicas of a cell, within about a factor of two."""
+    tokens = cell.steps * cell.tokens_per_step
+    per_token = flops_per_sequence(cell.model, cell.data.length) / cell.data.length
+    each = (
+        per_token / FLOPS_PER_SECOND
+        + SECONDS_PER_TOKEN
+        + SECONDS_PER_TOKEN_LAYER * cell.model.layers
+    )
+    return COMPILE_SECONDS + len(cell.replicas) * tokens * each
+
+
+def memory(cell: Cell) -> int:
+    """Estimated bytes: parameters, gradient and two moments of every replica, and one replica's
+    activations in float32.
+    """
+    m, rows, length = cell.model, cell.data.rows, cell.data.length
+    state = 4 * parameters(m).total * (3 * len(cell.replicas) + 1)
+    per_layer = 8 * m.width + 2 * m.mlp_size + 2 * m.heads * length
+    activations = 4 * rows * length * (m.layers * per_layer + 4 * m.vocab_size)
+    return state + activations
+
+
+def show(points: Sequence[Point], cells: Sequence[Cell], console: Console) -> None:
+    """Prints a table of all points, a line per cell's estimate, and the sum."""
+    table = Table(box=None, pad_edge=False)
+    for heading in COLUMNS:
+        table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
+    by_point = {r.point: c for c in cells for r in c.replicas}
+    for p in points:
+        cell = by_point[p.name]
+        count = sum(r.point == p.name for r in cell.replicas)
+        tokens = cell.steps * cell.tokens_per_step
+        flops = flops_per_sequence(p.model, p.data.length) / p.data.length * tokens * count
+        table.add_row(
+            p.name + (" (control)" if p.role == "control" else ""),
+            f"{parameters(p.model).non_embedding:,}",
+            f"{parameters(p.model).total:,}",
+            str(count),
+            f"{tokens:,}",
+            f"{cell.steps:,}",
+            f"{flops:.2e}",
+            f"{memory(cell) / 2**20:,.0f}",
+            f"{seconds(cell) / 60 * count / len(cell.replicas):.1f}",
+        )
+    # Figures are never cut: where the console is narrower than the table, its lines wrap.
+    console.width = max(console.width, table.__rich_measure__(console, console.options).maximum)
+    console.print(table)
+    total = sum(map(seconds, cells))
+    counts = len(points), sum(len(c.replicas) for c in cells), len(cells)
+    words = zip(counts, ("point", "replica", "cell"), strict=True)
+    console.print(
+        ", ".join(f"{n} {word}{'s' * (n != 1)}" for n, word in words),
+        f"about {total / 60:.1f} minutes of one core (give or take a factor of two)",
+        "dry run: nothing was written",
+        sep="; ",
+        highlight=False,
+    )

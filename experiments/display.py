@@ -1,0 +1,63 @@
+"""What `lm run` shows while workers train: their `progress.json` and results, as bars or lines."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lm.config import UserError
+from lm.rundir import read_json
+from lm.train.cell import Cell
+
+
+class Display:
+    """A bar per cell on a terminal, a line per finished cell elsewhere."""
+
+    def __init__(self, left: Sequence[Cell], workdir: Path, console: Console) -> None:
+        self.workdir, self.console = workdir, console
+        self.waiting = {c.name: c for c in left}
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+        )
+        self.bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.ids = {
+            c.name: self.bars.add_task(c.name, total=c.steps, note="", start=False) for c in left
+        }
+
+    def update(self) -> None:
+        """Reads what the workers say of themselves."""
+        for name, cell in list(self.waiting.items()):
+            folder = self.workdir / name
+            with contextlib.suppress(FileNotFoundError, UserError):
+                state = read_json(folder / "progress.json")
+                self.bars.start_task(self.ids[name])
+                loss = "diverged" if state["loss"] is None else f"loss {state['loss']:.3f}"
+                note = f"{loss} · {len(cell.replicas)} replicas"
+                self.bars.update(self.ids[name], completed=state["step"], note=note)
+            with contextlib.suppress(FileNotFoundError):
+                result = read_json(folder / "result.json")
+                self.bars.update(self.ids[name], completed=cell.steps)
+                self.bars.stop_task(self.ids[name])
+                del self.waiting[name]
+                if not self.console.is_terminal:
+                    s = result["seconds"]
+                    self.console.print(
+                        f"{name}: {len(cell.replicas)} replicas x {cell.steps} steps in "
+                        f"{s['total']:.0f} s (compile {s['compile']:.0f}, "
+                        f"train {s['train']:.0f}, eval {s['eval']:.0f})",
+                        highlight=False,
+                    )
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.update()
+        self.bars.stop()

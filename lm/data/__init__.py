@@ -1,0 +1,1 @@
+"""Text and examples to batches: sources, tokenizer, packed arrays, loader, in this order."""

@@ -1,0 +1,165 @@
+"""Batches as a pure function of (data seed, step): nothing to store for a resume but the step.
+
+The rows of each source are visited in a pseudo-random order that is a function of (seed, source,
+epoch): Grain's `index_shuffle` gives the place of any row in a permutation without making the
+permutation, so any batch is had at once, and within an epoch no row comes twice. What is left is
+gathering: all rows of a chunk of steps are cut out of the memory maps in a few NumPy calls.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from lm.config import UserError, positive, within
+from lm.data.prepare import Packed
+from lm.data.tokenizer import PAD
+
+
+class Batch(NamedTuple):
+    """Rows for a model, each [B, T] (or [n, B, T]).
+
+    tokens and targets int32; weights float32, 0 where there is no target in the same document;
+    segments int32, 0 is padding and 1.. the documents of the row; positions int32, from 0 in each
+    document, or from where the row enters it.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureItem:
+    """A source of a mixture: how many rows of a batch it fills, and a factor on its weights."""
+
+    name: str
+    packed: Packed
+    rows_per_batch: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(f"rows_per_batch of {self.name}", self.rows_per_batch)
+        within(f"weight of {self.name}", self.weight, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """A mixture of sources in an order that `seed` decides; rows of a batch lie item after item."""
+
+    items: tuple[MixtureItem, ...]
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        names = [item.name for item in self.items]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"the mixture is {names}; it needs at least one item, names unlike")
+        for item in self.items:
+            if item.packed.length != self.length:
+                raise UserError(
+                    f"{item.name} was packed in rows of {item.packed.length} tokens, the length is"
+                    f" {self.length}; prepare it again with this length"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch."""
+        return sum(item.rows_per_batch for item in self.items)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, [B, T]."""
+        return Batch(*(array[0] for array in self.chunk(step, 1)))
+
+    def chunk(self, start: int, steps: int) -> Batch:
+        """The batches of `steps` steps from `start` on, [steps, B, T]."""
+        parts = []
+        for item in self.items:
+            count = item.rows_per_batch
+            rows = row_order(item, self.seed, start * count, steps * count)
+            part = read_rows(item.packed, rows.reshape(steps, count))
+            parts.append(part._replace(weights=part.weights * np.float32(item.weight)))
+        return Batch(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+
+
+def dataset(
+    loader: Loader, start: int, stop: int, steps_per_chunk: int, prefetch: int = 2
+) -> grain.IterDataset[Batch]:
+    """The chunks of steps `start` to `stop` in order, made ahead of time by a thread.
+
+    The last is shorter where `steps_per_chunk` does not divide the number of steps.
+    """
+    positive("steps_per_chunk", steps_per_chunk)
+
+    def chunk(first: int) -> Batch:
+        return loader.chunk(first, min(steps_per_chunk, stop - first))
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+    return grain.MapDataset.range(start, stop, steps_per_chunk).map(chunk).to_iter_dataset(options)
+
+
+def row_order(item: MixtureItem, seed: int, first: int, count: int) -> np.ndarray:
+    """The rows of an item's visits `first` to `first + count`, int64 [count]."""
+    rows, visit, order = item.packed.rows, first, []
+    while visit < first + count:
+        epoch, place = divmod(visit, rows)
+        stop = min(rows, place + first + count - visit)
+        key = _epoch_seed(seed, item.name, epoch)
+        order += [index_shuffle(i, rows - 1, key, 4) for i in range(place, stop)]
+        visit += stop - place
+    return np.array(order, np.int64)
+
+
+def read_rows(packed: Packed, rows: np.ndarray) -> Batch:
+    """Cuts rows, int [...], out of packed documents: arrays [..., T]."""
+    at, inside = _windows(packed, rows)
+    tokens = np.where(inside, packed.tokens[at], PAD).astype(np.int32)
+    weights = np.where(inside, packed.weight[at], 0).astype(np.float32)[..., 1:]
+    at, inside = at[..., :-1], inside[..., :-1]
+    doc = np.searchsorted(packed.doc_start, at, side="right") - 1
+    segments = np.where(inside, doc - doc[..., :1] + 1, 0).astype(np.int32)
+    start = np.maximum(packed.doc_start[doc], at[..., :1])
+    positions = np.where(inside, at - start, 0).astype(np.int32)
+    return Batch(tokens[..., :-1], tokens[..., 1:], weights, segments, positions)
+
+
+def read_target_bytes(packed: Packed, rows: np.ndarray) -> np.ndarray:
+    """Bytes of text under the targets (weight above 0) of each row, int64 [...]."""
+    at, inside = _windows(packed, rows)
+    counts = np.where(inside & (packed.weight[at] > 0), packed.token_bytes[at], 0)
+    return counts[..., 1:].sum(-1, dtype=np.int64)
+
+
+def eval_batches(
+    packed: Packed, rows: int | None, batch: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Up to `rows` rows (None: all), spread evenly, in a fixed order: batches and bytes [batch].
+
+    Bits per byte is the sum of nll (nats) over all of them / ln 2 / the sum of bytes. The last
+    batch is filled with empty rows.
+    """
+    count = packed.rows if rows is None else min(rows, packed.rows)
+    chosen = np.arange(count) * packed.rows // max(count, 1)
+    for part in (chosen[i : i + batch] for i in range(0, count, batch)):
+        fill = ((0, batch - len(part)), (0, 0))
+        arrays = Batch(*(np.pad(array, fill) for array in read_rows(packed, part)))
+        yield arrays, np.pad(read_target_bytes(packed, part), fill[0])
+
+
+def _windows(packed: Packed, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the T + 1 tokens of each row are stored, and which of them belong to the row."""
+    at = packed.row_start[rows][..., None] + np.arange(packed.length + 1)
+    # A row of a stream ends with the token that the next one begins with.
+    end = packed.row_start[np.asarray(rows) + 1] + (packed.layout == "stream")
+    return np.minimum(at, len(packed.tokens) - 1), at < end[..., None]
+
+
+def _epoch_seed(seed: int, name: str, epoch: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest)

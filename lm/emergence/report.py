@@ -1,0 +1,239 @@
+"""The report of a study: verdicts, scaling law and one page that needs nothing but itself.
+
+`write` leaves in the run directory what can be rebuilt from it at any time: `analysis.json`,
+`table.parquet`, `figures/*.png` and `report.html`. Nothing is computed twice: `analysis.json`
+holds the hash of everything it was made from (rows, results, study, and the analysis's own
+source), and where that still holds `write` returns at once, without importing pandas.
+
+A study may be unfinished: only cells with a result are fitted, every row is drawn, and the page
+says what is missing.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm.config import UserError
+from lm.emergence import table
+from lm.rundir import AnyPath, read_json, write_bytes, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lm.emergence.onset import Shape, Verdict
+    from lm.emergence.scaling import Law
+
+SECONDS = ("compile", "train", "eval", "total")
+INPUTS = ("config.json", "environment.json", "rows.jsonl", "result.json")
+LIBRARIES = ("altair", "numpy", "pandas", "scipy", "vl-convert-python")
+MADE = ("table.parquet", "report.html")
+
+
+def analyse(workdir: AnyPath) -> dict[str, Any]:
+    """Everything the page says in words and numbers, as JSON-ready values (NaN is None)."""
+    return _analyse(Path(workdir), *_load(workdir))
+
+
+def write(workdir: AnyPath) -> Path:
+    """Writes analysis, table, figures and page unless they are up to date; returns the page."""
+    workdir = Path(workdir)
+    target = workdir / "report.html"
+    if _fresh(workdir):
+        return target
+    from lm.emergence import page, page_data
+
+    (workdir / "analysis.json").unlink(missing_ok=True)
+    frame, problems = _load(workdir)
+    analysis = _analyse(workdir, frame, problems)
+    table.write_cache(workdir, frame)
+    content = page_data.content(frame, analysis, _study(workdir), _cells(workdir))
+    (workdir / "figures").mkdir(exist_ok=True)
+    for name, data in page_data.figures(content).items():
+        write_bytes(workdir / "figures" / f"{name}.png", data)
+    write_bytes(target, page.render(content).encode())
+    write_json(workdir / "analysis.json", analysis)  # last: it vouches for the rest
+    return target
+
+
+def main(argv: list[str]) -> int:
+    """`lm report DIR [--json]`."""
+    parser = argparse.ArgumentParser(
+        prog="lm report",
+        description="Analyses a run directory and writes report.html, figures and analysis.json.",
+        epilog="example: lm report runs/desk",
+    )
+    parser.add_argument("workdir", help="the run directory of a study")
+    parser.add_argument("--json", action="store_true", help="print the analysis as JSON")
+    arguments = parser.parse_args(argv)
+    page = write(arguments.workdir)
+    analysis = read_json(page.with_name("analysis.json"))
+    if arguments.json:
+        print(json.dumps(analysis, indent=2))
+    else:
+        show(analysis, page)
+    return 0
+
+
+def show(analysis: dict[str, Any], page: Path) -> None:
+    """Prints the verdicts and the path of the page."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lm.emergence.words import STYLE, between, si
+
+    console = Console(width=100)
+    grid = Table("task", "level", "verdict", "begins at", "95% interval", "why", box=None)
+    for row in analysis["verdicts"]:
+        colour = STYLE[row["verdict"]].terminal
+        verdict = f"[{colour}]{row['verdict']}[/]"
+        cells = (si(row["onset_params"]), between(row["ci95"]), row["reason"])
+        grid.add_row(row["task"], row["level"], verdict, *cells)
+    console.print(grid)
+    law = analysis["scaling"]
+    if law["alpha"] is not None:
+        ends = "" if law["ci95"] is None else " [{:.3f}, {:.3f}]".format(*law["ci95"])
+        console.print(f"text loss ~ N^-{law['alpha']:.3f}{ends} over {law['n']} replicas")
+    for sentence in analysis["notes"]:
+        console.print(sentence)
+    # Not wrapped: a path that is cut in two cannot be clicked.
+    print(f"page: {page}")
+
+
+def _load(workdir: AnyPath) -> tuple["pd.DataFrame", list[str]]:
+    """All rows and the problems; refuses a folder without any."""
+    _study(Path(workdir))
+    frame, problems = table.read(workdir)
+    if frame.empty:
+        raise UserError(f"{workdir} has no rows yet; report it when a cell has been evaluated")
+    return frame, problems
+
+
+def _analyse(workdir: Path, frame: "pd.DataFrame", problems: list[str]) -> dict[str, Any]:
+    from lm.emergence import onset, scaling
+
+    study, cells = _study(workdir), _cells(workdir)
+    done = {name for name, cell in cells.items() if cell["status"] == "done"}
+    finished = frame[frame["cell"].isin(done)]
+    laws = {axis: scaling.text_law(finished, axis) for axis in ("params", "flops")}
+    verdicts = onset.verdicts(finished) if len(finished) else []
+    return {
+        "study": study["name"],
+        "points": int(frame["point"].nunique()),
+        "replicas": len(frame[["point", "replica"]].drop_duplicates()),
+        "rows": len(frame),
+        "verdicts": [_verdict(verdict) for verdict in verdicts],
+        "scaling": _law(laws["params"]),
+        "scaling_flops": _law(laws["flops"]),
+        "seconds": {
+            key: sum(cell["seconds"].get(key) or 0.0 for cell in cells.values()) for key in SECONDS
+        },
+        "notes": _notes(study, cells, frame) + problems,
+        "fingerprint": study.get("fingerprint"),
+        "table_sha256": table.table_sha256(frame),
+        "inputs_sha256": _inputs(workdir),
+    }
+
+
+def _notes(study: dict[str, Any], cells: dict[str, Any], frame: "pd.DataFrame") -> list[str]:
+    """What a reader must know before believing the rest."""
+    planned = study.get("cells") or list(cells)
+    done = sum(cells.get(name, {}).get("status") == "done" for name in planned)
+    notes = []
+    if done < len(planned):
+        notes.append(f"Unfinished: {done} of {len(planned)} cells are done; only those are fitted.")
+    lost = frame[frame["status"] == "diverged"][["point", "replica"]].drop_duplicates()
+    if len(lost):
+        notes.append(f"Diverged replicas: {len(lost)}; drawn as far as they came, not fitted.")
+    return notes
+
+
+def _verdict(verdict: "Verdict") -> dict[str, Any]:
+    return {
+        "task": verdict.task,
+        "level": verdict.level,
+        "metric": "exact_match",
+        "verdict": verdict.verdict,
+        "onset_params": _number(verdict.onset),
+        "ci95": _ends(verdict.ci95),
+        "chance": _number(verdict.chance),
+        "reason": verdict.reason,
+        "exact_match": _shape(verdict.exact),
+        "continuous": _shape(verdict.continuous),
+        "sizes": verdict.sizes,
+        "floor_sizes": verdict.floor_sizes,
+        "seeds": verdict.seeds,
+        "diverged": verdict.diverged,
+    }
+
+
+def _shape(shape: "Shape | None") -> dict[str, Any] | None:
+    if shape is None:
+        return None
+    numbers = {
+        key: _number(value) for key, value in asdict(shape).items() if isinstance(value, float)
+    }
+    intervals = {"onset_ci": _ends(shape.onset_ci), "width_ci": _ends(shape.width_ci)}
+    return {"metric": shape.metric, "best": shape.best, "word": shape.word, **numbers, **intervals}
+
+
+def _law(law: "Law | None") -> dict[str, Any]:
+    if law is None:
+        return {"alpha": None, "ci95": None, "n": 0}
+    numbers = {"alpha": law.alpha, "ci95": _ends(law.ci95), "n": law.n}
+    return {**numbers, "form": law.form, "E": law.e, "A": law.a, "sizes": law.sizes}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if abs(value) < float("inf") else None  # False for NaN as well
+
+
+def _ends(pair: tuple[float, float]) -> list[float] | None:
+    low, high = map(_number, pair)
+    return None if low is None or high is None else [low, high]
+
+
+def _study(workdir: Path) -> dict[str, Any]:
+    try:
+        return read_json(workdir / "study.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{workdir} has no study.json; give the workdir of a study") from None
+
+
+def _cells(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Per cell that has begun: status, seconds, attempts, replicas, environment of each attempt."""
+    found = {}
+    for folder in table.cells(workdir):
+        result, environment = folder / "result.json", folder / "environment.json"
+        cell = {"status": "unfinished", "seconds": {}, "attempts": 0, "replicas": []}
+        cell |= read_json(result) if result.exists() else {}
+        attempts = read_json(environment) if environment.exists() else []
+        cell["environment"] = attempts if isinstance(attempts, list) else [attempts]
+        found[folder.name] = cell
+    return found
+
+
+def _fresh(workdir: Path) -> bool:
+    """Whether what `write` made is there and was made from what is there now."""
+    try:
+        analysis = read_json(workdir / "analysis.json")
+        made = all((workdir / name).exists() for name in MADE)
+        return made and analysis["inputs_sha256"] == _inputs(workdir)
+    except (OSError, UserError, KeyError, TypeError):
+        return False
+
+
+def _inputs(workdir: Path) -> str:
+    """The hash of the files an analysis reads, of its own source and of the libraries it uses."""
+    digest = hashlib.sha256()
+    own = sorted(Path(__file__).parent.glob("*.py"))
+    read = [cell / name for cell in table.cells(workdir) for name in INPUTS]
+    for path in [*own, workdir / "study.json", *read]:
+        content = path.read_bytes() if path.exists() else b""
+        digest.update(f"{path.parent.name}/{path.name}:{len(content)}\n".encode() + content)
+    for name in LIBRARIES:
+        digest.update(f"{name}:{importlib.metadata.version(name)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What trained parameters can do: teacher-forced scores of answers and of held-out text."""

@@ -1,0 +1,136 @@
+"""One dial gives a whole model; its parameters and FLOPs are counted exactly.
+
+`ladder("2x16")` is 2 layers of width 16; names such as "7b" are larger shapes of the usual
+proportions. The head size of a ladder model is the smallest even divisor of the width that reaches
+16, or the whole width below that: 1, 1, 2, 4 heads at widths 8, 16, 32, 64. Rotary positions need
+the room: with heads of 8, fewer seeds learn recall (experiments/LOG.md). The MLP is 4 D wide
+(gelu), or 8/3 D (swiglu), where its three matrices hold as much as the two of the other.
+
+FLOPs are those of the products, 2 per multiply-add. A sequence of T tokens costs forward
+
+    2 T (weights of the layers and of the head) + 4 L N H T (T + 1) / 2
+
+for only T (T + 1) / 2 pairs are seen under a causal mask. Looking up an embedding is free, norms
+and other element-wise work are left out, backward is twice forward, and recomputing it (remat,
+blockwise) is not counted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lm.config import UserError, nearest
+from lm.models.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of parameters; `embedding` is the token table and an untied head, `non_embedding` the
+    rest.
+    """
+
+    total: int
+    non_embedding: int
+    embedding: int
+
+
+_LARGE = {"head": "untied", "activation": "swiglu", "dtype": "bfloat16"}
+
+# name: layers, width, heads, kv heads, mlp. Head size 128; about the size of the name with a
+# vocabulary of 32,000.
+NAMED: dict[str, tuple[int, int, int, int, int]] = {
+    "125m": (12, 768, 6, 2, 2560),
+    "350m": (24, 1024, 8, 4, 3072),
+    "1b": (20, 2048, 16, 4, 5632),
+    "3b": (28, 3072, 24, 8, 8192),
+    "7b": (32, 4096, 32, 8, 13312),
+    "13b": (40, 5120, 40, 8, 16384),
+    "34b": (48, 8192, 64, 8, 22528),
+    "70b": (80, 8192, 64, 8, 28672),
+}
+
+
+def ladder(size: str, **settings: Any) -> TransformerConfig:
+    """The model of a size, "LxD" (layers x width) or one of `NAMED`; `settings` are further fields,
+    and win.
+
+    Ladder models have GELU, tied embeddings and a vocabulary of 128 unless `settings` say
+    otherwise; named ones have SwiGLU, an untied head, bfloat16 products and a vocabulary of 32,000.
+    """
+    if size in NAMED:
+        layers, width, heads, kv_heads, mlp = NAMED[size]
+        shape: dict[str, Any] = _LARGE | {
+            "vocab_size": 32_000,
+            "mlp_size": mlp,
+            "kv_heads": kv_heads,
+        }
+    else:
+        layers, width = _parse(size)
+        heads = _heads(width)
+        shape = {"vocab_size": 128, "activation": "gelu", "kv_heads": settings.get("heads", heads)}
+        gelu = settings.get("activation", "gelu") == "gelu"
+        shape["mlp_size"] = 4 * width if gelu else 2 * round(4 * width / 3)
+    shape |= {"layers": layers, "width": width, "heads": heads}
+    return TransformerConfig(**(shape | settings))
+
+
+def _parse(size: str) -> tuple[int, int]:
+    """The two numbers of "LxD"."""
+    layers, x, width = size.partition("x")
+    if not (x and layers.isascii() and layers.isdigit() and width.isascii() and width.isdigit()):
+        raise UserError(
+            f"no size {size!r}; use LAYERSxWIDTH such as 2x16, or a name,"
+            f" {nearest(size, list(NAMED))}"
+        )
+    if int(layers) < 1 or int(width) < 4 or int(width) % 2:
+        raise UserError(
+            f"size {size!r} cannot be built; use 1 layer or more and an even width of 4 or more"
+        )
+    return int(layers), int(width)
+
+
+def _heads(width: int) -> int:
+    """Heads of a ladder model."""
+    least = min(width, 16)
+    return width // next(h for h in range(least, width + 1, 2) if width % h == 0)
+
+
+def parameters(config: TransformerConfig) -> Parameters:
+    """Exact counts."""
+    c = config
+    norms = 2 * c.width + (2 * c.head_size if c.qk_norm == "rms" else 0)
+    tables = c.vocab_size * c.width * (2 if c.head == "untied" else 1)
+    layers = c.layers * (_layer_weights(c) + norms) + c.width
+    return Parameters(layers + tables, layers, tables)
+
+
+def flops_forward(config: TransformerConfig, length: int, *, causal: bool = True) -> int:
+    """Exact FLOPs of the forward pass of one sequence; `causal=False` counts all T^2 pairs of
+    attention.
+    """
+    c = config
+    weights = c.layers * _layer_weights(c) + c.vocab_size * c.width
+    pairs = length * (length + 1) // 2 if causal else length * length
+    return 2 * length * weights + 4 * c.layers * c.width * pairs
+
+
+def flops_per_sequence(config: TransformerConfig, length: int) -> int:
+    """Exact FLOPs, forward + backward, of one causal sequence of `length` tokens."""
+    return 3 * flops_forward(config, length)
+
+
+def flops_per_token(config: TransformerConfig, length: int) -> float:
+    """Mean FLOPs per token, forward + backward, in causal sequences of `length` tokens."""
+    return flops_per_sequence(config, length) / length
+
+
+def six_n(config: TransformerConfig) -> int:
+    """The convention C = 6 N D per token, N non-embedding: no attention, no head (Kaplan et al.
+    2020, section 2.1).
+    """
+    return 6 * parameters(config).non_embedding
+
+
+def _layer_weights(c: TransformerConfig) -> int:
+    """Entries of the matrices of one layer: q and out, k and v, and the MLP's two or three."""
+    attention = 2 * c.width * c.width + 2 * c.width * c.kv_heads * c.head_size
+    return attention + c.width * c.mlp_size * (3 if c.activation == "swiglu" else 2)

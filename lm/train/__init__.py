@@ -1,0 +1,3 @@
+"""Training: the optimiser, the pure step, populations of replicas, checkpoints, and the loop around
+them.
+"""

@@ -1,0 +1,210 @@
+"""Training one cell from wherever it stands to its end: dispatch, measure, write rows, checkpoint.
+
+At the end of a dispatch, in this order: the losses of the dispatch before are fetched (the device
+never waits for the host), an evaluation is made if one is due, rows are written and synced, and
+only then a checkpoint is taken. So every row up to a checkpoint is on the disk before it, a resume
+replays from the checkpoint, and a replayed row finds itself there, bit for bit, and is not written
+twice.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.config import UserError, diff, to_dict
+from lm.data.loader import Batch, dataset
+from lm.eval.suite import TestSet, evaluate, make_test_set
+from lm.rundir import environment, now, read_json, write_json
+from lm.train import mixture
+from lm.train.cell import TEXT, Cell
+from lm.train.checkpoint import Checkpoints
+from lm.train.population import replica
+from lm.train.program import Program, compile_cell
+from lm.train.record import Clock, Recorder, params_sha256
+from lm.train.step import ALIVE, TrainState
+
+# What must be the same for a resume to give the same bits.
+BITS = ("nproc", "xla_flags", "device", "devices", "jax", "jaxlib")
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and did so after a checkpoint; the same command goes on from
+    there.
+    """
+
+
+def train(
+    cell: Cell,
+    folder: Path,
+    data: Path,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    devices: list[Any] | None = None,
+) -> dict[str, Any]:
+    """Trains a cell to its end and returns what is in its `result.json`; the caller holds the
+    cell's lock.
+
+    Raises UserError for what the user must mend, Interrupted when `stop()` asked for an end.
+    """
+    begin = time.monotonic()
+    attempt, changed = _begin(cell, folder, devices)
+    prepared = mixture.load(cell, data)
+    abilities = {k: v for k, v in prepared.test.items() if k[0] != TEXT}
+    test = make_test_set(abilities, prepared.test[TEXT, ""], cell.eval.text_rows, cell.eval.batch)
+    chances = {(t["task"], t["level"]): t["chance"] for t in prepared.tasks}
+    record = Recorder(cell, folder, attempt, chances)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        record.event("begin")
+        program = compile_cell(cell, Batch(*(a[0] for a in test.batches)), devices)
+        with jax.set_mesh(program.mesh):
+            step, states, clock = _start(cell, program, checkpoints, record, changed)
+            run = _Run(
+                cell, program, prepared, test, record, checkpoints, clock, begin, clock.total
+            )
+            clock.compile += program.seconds
+            states = _steps(run, states, step, stop)
+            return _finish(run, folder, states, attempt)
+    finally:
+        checkpoints.close()
+        record.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One attempt at one cell."""
+
+    cell: Cell
+    program: Program
+    prepared: mixture.Prepared
+    test: TestSet
+    record: Recorder
+    checkpoints: Checkpoints
+    clock: Clock
+    begin: float  # on the monotonic clock
+    before: float  # seconds of earlier attempts
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.begin
+
+
+def _begin(cell: Cell, folder: Path, devices: list[Any] | None) -> tuple[int, list[str]]:
+    """Writes config and environment; returns the attempt's number and what changed in BITS since
+    the last one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = to_dict(cell)
+    if (folder / "config.json").exists():
+        if lines := diff(read_json(folder / "config.json"), config):
+            raise UserError(
+                f"{folder} was begun with another config ({'; '.join(lines)});"
+                " choose another --workdir"
+            )
+    else:
+        write_json(folder / "config.json", config)
+    used = devices or jax.devices()
+    here = {**environment(), "device": used[0].device_kind, "devices": len(used), "time": now()}
+    here |= {name: here["versions"].get(name) for name in ("jax", "jaxlib")}
+    path = folder / "environment.json"
+    before = read_json(path) if path.exists() else []
+    last = before[-1] if before else here
+    changed = [f"{n}: {last.get(n)} -> {here[n]}" for n in BITS if last.get(n) != here[n]]
+    write_json(path, [*before, here])
+    return len(before) + 1, changed
+
+
+def _start(
+    cell: Cell, program: Program, checkpoints: Checkpoints, record: Recorder, changed: list[str]
+) -> tuple[int, TrainState, Clock]:
+    """The states to go on from: of the newest whole checkpoint, or fresh ones."""
+    step, states, extra, problems = checkpoints.restore(program.population.states)
+    for problem in problems:
+        record.event("checkpoint_quarantined", what=problem)
+    if step >= 0:
+        record.event("resume", step=step)
+        if changed:
+            record.event("not_bit_exact", what="; ".join(changed))
+        return step, states, Clock(**extra["seconds"])
+    seeds = np.array([(r.init, r.dropout) for r in cell.replicas], np.uint32)
+    rates = np.array([r.learning_rate for r in cell.replicas], np.float32)
+    return 0, program.init(seeds[:, 0], rates, seeds[:, 1]), Clock()
+
+
+def _steps(run: _Run, states: TrainState, first: int, stop: Callable[[], bool]) -> TrainState:
+    """The loop over dispatches, from step `first` to the end."""
+    cell, clock, n = run.cell, run.clock, run.cell.train.chunk
+    due = set(cell.eval_steps)
+    feeds = [
+        iter(dataset(loader, first, cell.steps, n))
+        for loader in mixture.loaders(cell, run.prepared)
+    ]
+    pending: tuple[int, Any, Any] | None = None
+    for step in range(first + n, cell.steps + 1, n):
+        tick = time.monotonic()
+        batches = [next(feed) for feed in feeds]
+        stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+        stacked = jax.device_put(stacked, run.program.population.batches)
+        states, losses = run.program.run(states, stacked)
+        if pending is not None:
+            _fetch(run, pending)
+        pending = step, losses, states.diverged_at + 0  # a copy: the next dispatch takes the states
+        stopping = stop() and step < cell.steps
+        save = stopping or step % cell.train.checkpoint_every < n or step == cell.steps
+        if save or step in due:
+            _fetch(run, pending)
+            pending = None
+        clock.train += time.monotonic() - tick
+        if step in due:
+            _evaluate(run, states, step)
+        if save:
+            run.record.sync()
+            clock.total = run.seconds()
+            run.checkpoints.save(step, states, {"seconds": dataclasses.asdict(clock)})
+        if stopping:
+            run.checkpoints.seal()
+            run.record.event("interrupted", step=step)
+            raise Interrupted(f"{cell.name} stopped at step {step} after a checkpoint")
+    return states
+
+
+def _fetch(run: _Run, pending: tuple[int, Any, Any]) -> None:
+    step, losses, diverged_at = pending
+    run.record.losses(step, np.asarray(losses, np.float64), np.asarray(diverged_at), run.seconds())
+
+
+def _evaluate(run: _Run, states: TrainState, step: int) -> None:
+    tick = time.monotonic()
+    for index, who in enumerate(run.cell.replicas):
+        ok = int(states.diverged_at[index]) == ALIVE
+        answers, text = evaluate(run.program.score, replica(states.params, index), run.test)
+        run.record.evaluation(who, step, answers, text, run.test, ok, run.seconds())
+    run.clock.eval += time.monotonic() - tick
+
+
+def _finish(run: _Run, folder: Path, states: TrainState, attempt: int) -> dict[str, Any]:
+    """The result, written when all that it vouches for is on the disk."""
+    replicas = []
+    for index, who in enumerate(run.cell.replicas):
+        at = int(states.diverged_at[index])
+        replicas.append(
+            {
+                "point": who.point,
+                "replica": who.index,
+                "status": "ok" if at == ALIVE else "diverged",
+                "diverged_step": None if at == ALIVE else at,
+                "params_sha256": params_sha256(replica(states.params, index)),
+            }
+        )
+    run.checkpoints.seal()
+    run.clock.total = run.seconds()
+    run.record.event("done", step=run.cell.steps)
+    run.record.sync()
+    seconds = {k: round(v, 3) for k, v in dataclasses.asdict(run.clock).items()}
+    result = {"status": "done", "replicas": replicas, "seconds": seconds, "attempts": attempt}
+    write_json(folder / "result.json", result)
+    return result

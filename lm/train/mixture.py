@@ -1,0 +1,159 @@
+"""What a cell reads, prepared once: text and abilities as packed arrays, for training and for
+testing.
+
+`prepare` writes a folder named after everything its contents depend on; `load` maps it, after
+checking every byte. Abilities are drawn from their generators into packed arrays like any text, so
+a batch is rows of arrays and nothing is generated while training. That no key is both in train and
+in test is asserted here, on the very examples that are written.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm import tasks
+from lm.config import UserError, fingerprint, to_dict
+from lm.data import prepare as packing
+from lm.data import sources, tokenizer
+from lm.data.loader import Loader, MixtureItem
+from lm.rundir import read_json, write_json
+from lm.train.cell import TEXT, Cell, DataConfig, MixtureConfig
+
+POOL_SEED = 0  # draws the training examples; the order in which replicas see them is their own
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Packed arrays by (task, level), and what is known of each task: its chance and baselines."""
+
+    tokenizer: tokenizer.Tokenizer
+    train: dict[tuple[str, str], packing.Packed]
+    test: dict[tuple[str, str], packing.Packed]
+    tasks: list[dict[str, Any]]
+
+
+def folder(cell: Cell, data: Path) -> Path:
+    """Where a cell's data lies below `data`: a fingerprint of all that it depends on."""
+    mixture = {k: (m.task, m.level, m.examples) for k, m in sorted(cell.data.mixture.items())}
+    about = {
+        "source": to_dict(cell.data.source),
+        "tokenizer": to_dict(cell.data.tokenizer),
+        "length": cell.data.length,
+        "mixture": mixture,
+        "items": cell.eval.items,
+        "eval_seed": cell.replicas[0].eval,
+    }
+    return data / fingerprint(about)
+
+
+def prepare(cell: Cell, data: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Writes what `load` reads, if it is not there; raises UserError where the text or an example
+    does not fit.
+    """
+    where = folder(cell, data)
+    if (where / "tasks.json").exists():
+        return where
+    say(f"reading {cell.data.source.path or 'the Python standard library'}")
+    corpus = sources.scan(cell.data.source)
+    if corpus.warning:
+        say(corpus.warning)
+    text = sources.texts(corpus, "train", data / "tfds")
+    if not (where / "tokenizer" / "tokenizer.json").exists():
+        say(
+            f"training a {cell.data.tokenizer.kind} tokenizer on {sum(map(len, text)):,} characters"
+        )
+        tokenizer.train(text, cell.data.tokenizer, tasks.ALPHABET + "\n").save(where / "tokenizer")
+    del text
+    trained = tokenizer.load(where / "tokenizer")
+    for split in ("train", "test"):
+        say(f"tokenising the text for {split}")
+        packing.prepare_text(
+            corpus, split, trained, cell.data.length, where / f"text-{split}", data / "tfds"
+        )
+    known = []
+    for item in _abilities(cell.data):
+        say(f"drawing {item.task}/{item.level}")
+        known.append(_prepare_task(cell, item, trained, where))
+    write_json(where / "tasks.json", {"tasks": known})  # last: its presence says that all is there
+    return where
+
+
+def load(cell: Cell, data: Path) -> Prepared:
+    """What `prepare` wrote, every byte checked; raises UserError naming what is damaged."""
+    where = folder(cell, data)
+    if not (where / "tasks.json").exists():
+        raise UserError(
+            f"{where} holds no prepared data; give the `lm run` command again to prepare it"
+        )
+    trained = tokenizer.load(where / "tokenizer")
+    parts: dict[str, dict[tuple[str, str], packing.Packed]] = {}
+    for split in ("train", "test"):
+        parts[split] = {(TEXT, ""): packing.load(where / f"text-{split}", trained.sha256)}
+        for item in _abilities(cell.data):
+            found = packing.load(where / f"{item.task}-{item.level}-{split}", trained.sha256)
+            parts[split][item.task, item.level] = found
+    return Prepared(
+        trained, parts["train"], parts["test"], read_json(where / "tasks.json")["tasks"]
+    )
+
+
+def loaders(cell: Cell, prepared: Prepared) -> list[Loader]:
+    """One loader per replica: the same mixture in the order of the replica's data seed."""
+    items = tuple(
+        MixtureItem(f"{m.task}-{m.level}", prepared.train[m.task, m.level], m.rows, m.weight)
+        for _, m in sorted(cell.data.mixture.items())
+    )
+    return [Loader(items, cell.data.length, replica.data) for replica in cell.replicas]
+
+
+def _abilities(data: DataConfig) -> list[MixtureConfig]:
+    return [m for _, m in sorted(data.mixture.items()) if m.task != TEXT]
+
+
+def _prepare_task(
+    cell: Cell, item: MixtureConfig, trained: tokenizer.Tokenizer, where: Path
+) -> dict[str, Any]:
+    task = tasks.task(item.task, item.level)
+    train = tasks.examples(task, "train", POOL_SEED, item.examples, task.turns)
+    test = tasks.items(task, "test", cell.replicas[0].eval, cell.eval.items)
+    tasks.assert_disjoint(task, train, test)
+    about = {"task": task.name, "level": task.level, "tokenizer_sha256": trained.sha256}
+    for split, examples in (("train", train), ("test", test)):
+        to = where / f"{task.name}-{task.level}-{split}"
+        if not to.exists():
+            packed = packing.pack(_documents(examples, trained), "fit", cell.data.length)
+            packing.save(to, dataclasses.replace(packed, about=about | {"split": split}))
+    chance = tasks.chance(task)
+    return {
+        "task": task.name,
+        "level": task.level,
+        "chance": chance.value,
+        "baselines": chance.baselines,
+        "items": len(test),
+        "train_examples": len(train),
+    }
+
+
+def _documents(
+    examples: Sequence[tasks.Example], trained: tokenizer.Tokenizer
+) -> list[packing.Document]:
+    pieces: dict[str, np.ndarray] = {}  # abilities repeat a few short strings a million times
+
+    def encode(text: str) -> np.ndarray:
+        if text not in pieces:
+            pieces[text] = trained.encode(text)
+        return pieces[text]
+
+    found = []
+    for example in examples:
+        ids, answer = tasks.tokens(example, encode)
+        # <eos> has no weight: an answer's length is fixed by its format, so learning to stop would
+        # say nothing.
+        weight = np.pad(answer, 1).astype(np.float16)
+        found.append(
+            packing.Document(np.pad(ids, 1, constant_values=(tokenizer.BOS, tokenizer.EOS)), weight)
+        )
+    return found

@@ -1,0 +1,176 @@
+"""What one attempt writes into its cell's folder: rows, events, stored answers, progress, the
+result.
+"""
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.emergence import metrics
+from lm.emergence.metrics import Answers, Measure
+from lm.emergence.table import RowWriter
+from lm.eval.perplexity import text_metrics
+from lm.eval.score import Scores
+from lm.eval.suite import TestSet
+from lm.rundir import JsonLines, now, sha256, write_json
+from lm.sizes import flops_per_sequence, parameters
+from lm.train.cell import TEXT, Cell, Replica
+from lm.train.step import ALIVE
+
+type Answered = dict[tuple[str, str], Answers]
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds spent, by kind, over all attempts."""
+
+    compile: float = 0.0
+    train: float = 0.0
+    eval: float = 0.0
+    total: float = 0.0
+
+
+class Recorder:
+    """Everything that one attempt writes into the cell's folder."""
+
+    def __init__(
+        self, cell: Cell, folder: Path, attempt: int, chances: dict[tuple[str, str], float]
+    ) -> None:
+        self.cell, self.folder, self.attempt, self.chances = cell, folder, attempt, chances
+        counts = parameters(cell.model)
+        self.size = {
+            "layers": cell.model.layers,
+            "width": cell.model.width,
+            "params": counts.non_embedding,
+            "params_total": counts.total,
+        }
+        per_row = flops_per_sequence(cell.model, cell.data.length)
+        self.flops_per_step = float(per_row) * cell.data.rows
+        self.rows = RowWriter(folder / "rows.jsonl")
+        self.events = JsonLines(folder / "events.jsonl")
+        self._progress_at = 0.0
+        for problem in self.rows.problems:
+            self.event("rows_damaged", what=problem)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append({"event": kind, "time": now(), "attempt": self.attempt, **fields})
+
+    def measure(
+        self,
+        who: Replica,
+        step: int,
+        where: tuple[str, str],
+        found: dict[str, Measure],
+        ok: bool,
+        seconds: float,
+    ) -> None:
+        """Rows of one replica at one step for one task and level."""
+        task, level = where
+        rows = [
+            {
+                **{
+                    "study": self.cell.study,
+                    "cell": self.cell.name,
+                    "point": who.point,
+                    "replica": who.index,
+                },
+                "role": who.role,
+                **self.size,
+                **{
+                    "seed_init": who.init,
+                    "seed_data": who.data,
+                    "seed_dropout": who.dropout,
+                    "seed_eval": who.eval,
+                },
+                "learning_rate": who.learning_rate,
+                "step": step,
+                "tokens": step * self.cell.tokens_per_step,
+                "flops": step * self.flops_per_step,
+                **{"task": task, "level": level, "metric": name},
+                **{"value": m.value if ok else None, "stderr": m.stderr if ok else None, "n": m.n},
+                "chance": self.chances.get(where) if name == "exact_match" else None,
+                "status": "ok" if ok else "diverged",
+                **{"attempt": self.attempt, "seconds": round(seconds, 3)},
+            }
+            for name, m in found.items()
+        ]
+        for mismatch in self.rows.append(rows):
+            self.event("replay_mismatch", what=str(mismatch))
+
+    def progress(self, step: int, loss: float, seconds: float, last: bool = False) -> None:
+        """At most once a second, for whoever looks."""
+        if last or time.monotonic() - self._progress_at > 1:
+            self._progress_at = time.monotonic()
+            state = {
+                "step": step,
+                "steps": self.cell.steps,
+                "loss": loss,
+                "seconds": round(seconds, 1),
+            }
+            write_json(self.folder / "progress.json", state)
+
+    def losses(
+        self, step: int, losses: np.ndarray, diverged_at: np.ndarray, seconds: float
+    ) -> None:
+        """Rows of the mean loss of the dispatch that ended at `step`, losses [R, n]; an event for
+        each replica lost in it.
+        """
+        n = losses.shape[1]
+        for who, loss, at in zip(self.cell.replicas, losses, diverged_at.tolist(), strict=True):
+            ok = at == ALIVE
+            mean = {"loss": Measure(float(loss.mean()), float("nan"), n)}
+            self.measure(who, step, ("train", "mixture"), mean, ok, seconds)
+            if not ok and at >= step - n:
+                self.event("diverged", point=who.point, replica=who.index, step=at)
+        alive = losses[diverged_at == ALIVE]
+        loss_now = float(alive.mean()) if len(alive) else float("nan")
+        self.progress(step, loss_now, seconds, last=step == self.cell.steps)
+
+    def evaluation(
+        self,
+        who: Replica,
+        step: int,
+        answers: Answered,
+        text: Scores,
+        test: TestSet,
+        ok: bool,
+        seconds: float,
+    ) -> None:
+        """The stored answers of one replica and the rows of every metric that follows from them."""
+        name = f"answers/{step:08d}-{who.point}-{who.index}.npz"
+        (self.folder / "answers").mkdir(exist_ok=True)
+        metrics.save(self.folder / name, {f"{t}.{v}": a for (t, v), a in answers.items()})
+        self.event("answers", file=name, sha256=sha256(self.folder / name))
+        for where, found in answers.items():
+            self.measure(who, step, where, metrics.score(found), ok, seconds)
+        weights = test.batches.weights.reshape(-1, self.cell.data.length)[test.text_rows]
+        found_text = text_metrics(np.asarray(text.logprob), weights, test.text_bytes)
+        self.measure(who, step, (TEXT, "test"), found_text, ok, seconds)
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on the disk."""
+        self.rows.sync()
+        self.events.sync()
+
+    def close(self) -> None:
+        self.rows.close()
+        self.events.close()
+
+
+def params_sha256(params: Any) -> str:
+    """The hex SHA-256 of a parameter tree: names, types, shapes and bytes, in the order of the
+    names.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])
+    ):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,276 @@
+"""The report of a run directory written as a study writes it, and its page in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lm.config import UserError
+from lm.emergence import report, table
+from lm.rundir import read_json, write_json
+
+LADDER = {400: 6, 784: 3, 1176: 3, 1568: 6, 6208: 3, 24704: 3, 55296: 3}
+CONTROL = 12352
+STEPS = (0, 1, 4, 16, 64, 250, 1000, 2000)
+THROUGH = {1568: (1, 4)}  # the seeds of the threshold size that break through
+TASKS = {"recall": 0.25, "random_labels": 0.25, "bigram": 0.15}
+
+
+def run_directory(path, steps=STEPS, unfinished=()):
+    """Writes a study of the desk's shape: recall emerges, labels are noise, bigram is smooth."""
+    rng = np.random.default_rng(0)
+    points, sizes = [], {**LADDER, CONTROL: 3}
+    for params, seeds in sizes.items():
+        role = "control" if params == CONTROL else "ladder"
+        points.append(
+            {"name": f"n{params}", "layers": 2, "width": 8, "params": params, "role": role}
+        )
+        cell = path / f"n{params}"
+        cell.mkdir(parents=True)
+        write_json(cell / "config.json", {"params": params})
+        write_json(cell / "environment.json", [ENVIRONMENT])
+        with table.RowWriter(cell / "rows.jsonl") as writer:
+            for replica in range(seeds):
+                for step in steps:
+                    writer.append(evaluation(rng, params, replica, role, step))
+        if f"n{params}" not in unfinished:
+            replicas = [{"point": f"n{params}", "replica": r, "status": "ok"} for r in range(seeds)]
+            times = {
+                "compile": 5.0,
+                "train": params / 500,
+                "eval": 1.5,
+                "total": 6.5 + params / 500,
+            }
+            result = {"status": "done", "replicas": replicas, "seconds": times, "attempts": 1}
+            write_json(cell / "result.json", result)
+    study = {
+        "name": "desk",
+        "fingerprint": "0123456789ab",
+        "config": {"train": {"tokens": 4000000}},
+    }
+    study |= {"docstring": "At which size does in-context recall begin?\n\nMore </script> text."}
+    tasks = [{"task": t, "level": "1", "chance": c, "baselines": {}} for t, c in TASKS.items()]
+    study |= {"points": points, "cells": [p["name"] for p in points], "tasks": tasks}
+    write_json(path / "study.json", study)
+    return path
+
+
+ENVIRONMENT = {
+    **{"python": "3.13.0", "platform": "Linux", "host": "somewhere", "git_commit": "abc123"},
+    **{"git_dirty": False, "versions": {"jax": "0.12.0", "numpy": "2.2.0"}},
+}
+
+
+def evaluation(rng, params, replica, role, step):
+    """All rows of one evaluation."""
+    share = np.clip(np.log10(params / 400) / 2.15, 0, 1)
+    learned = step / (step + 300)
+    knows = role == "ladder" and (params > 2000 or replica in THROUGH.get(params, ()))
+    recalls = 1 / (1 + np.exp(-(step - 700) / 60)) if knows else 0.0
+    base = {
+        **{"study": "desk", "cell": f"n{params}", "point": f"n{params}", "replica": replica},
+        **{"role": role, "layers": 2, "width": 8, "params": params, "params_total": params + 1024},
+        **{f"seed_{axis}": replica for axis in ("init", "data", "dropout", "eval")},
+        **{"learning_rate": 0.006, "step": step, "tokens": step * 2048},
+        **{"flops": step * 2048.0 * 6 * params, "status": "ok", "attempt": 1, "seconds": 0.5},
+    }
+    exact = {
+        "recall": 0.22 + 0.775 * recalls,
+        "random_labels": 0.24,
+        "bigram": 0.15 + (0.18 + 0.1 * share) * learned,
+    }
+    loss = {
+        "recall": 4.6 - (2.6 + 0.1 * share) * learned * (1 - recalls) - 4.598 * recalls,
+        "random_labels": 4.6 - 3.2 * learned,
+        "bigram": 4.6 - (2.75 + 0.28 * share) * learned,
+    }
+    rows = []
+    for task, chance in TASKS.items():
+        p = rng.binomial(1000, np.clip(exact[task], 0, 1)) / 1000
+        nll = max(loss[task] + rng.normal(0, 0.01), 0.001)
+        values = {"exact_match": p, "token_accuracy": p, "nll": nll, "brier": 1 - np.exp(-nll)}
+        values["log_likelihood"] = -nll
+        for metric, value in values.items():
+            row = {"task": task, "level": "1", "metric": metric, "value": value, "stderr": 0.01}
+            rows.append(base | row | {"n": 1000, "chance": chance if value is p else None})
+    text = 4.6 - learned * (4.6 - 4.0 * params**-0.07) + rng.normal(0, 0.01)
+    for task, level, metric, value in (
+        ("text", "test", "nll", text),
+        ("text", "test", "bpb", text / np.log(2)),
+        ("train", "mixture", "loss", text + 0.1),
+    ):
+        row = {"task": task, "level": level, "metric": metric, "value": value, "stderr": 0.01}
+        rows.append(base | row | {"n": 1000, "chance": None})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A reported study."""
+    path = run_directory(tmp_path_factory.mktemp("runs") / "desk")
+    report.write(path)
+    return path
+
+
+def test_the_analysis_says_what_was_planted(study):
+    """Fails if the keys of the contract change, controls are fitted, or seconds are not summed."""
+    analysis = read_json(study / "analysis.json")
+    assert (analysis["study"], analysis["points"], analysis["replicas"]) == ("desk", 8, 30)
+    assert analysis["rows"] == 30 * len(STEPS) * (5 * len(TASKS) + 3)
+    found = {v["task"]: v for v in analysis["verdicts"]}
+    words = {task: verdict["verdict"] for task, verdict in found.items()}
+    assert words == {"recall": "emergent", "random_labels": "flat", "bigram": "smooth"}
+    low, high = found["recall"]["ci95"]
+    assert 1100 < low <= found["recall"]["onset_params"] <= high < 6300
+    assert found["bigram"]["onset_params"] is None and found["bigram"]["ci95"] is None
+    contract = ("task", "level", "metric", "verdict", "onset_params", "ci95", "chance")
+    assert all(set(contract) <= set(verdict) for verdict in found.values())
+    assert (found["recall"]["seeds"], found["recall"]["sizes"]) == (27, 7)
+    assert analysis["scaling"]["alpha"] > 0 and analysis["scaling"]["n"] == 27
+    assert analysis["seconds"]["compile"] == pytest.approx(8 * 5.0)
+    assert analysis["table_sha256"] == table.table_sha256(table.load(study))
+    assert analysis["notes"] == []
+
+
+@pytest.mark.parametrize("change", ["nothing", "no page", "a row", "a result"])
+def test_the_report_is_written_again_when_something_changed(study, tmp_path, monkeypatch, change):
+    """Fails if a finished report is computed twice, or a changed study keeps its old report."""
+    copy = tmp_path / "desk"
+    shutil.copytree(study, copy)
+    if change == "no page":
+        (copy / "report.html").unlink()
+    if change == "a row":
+        row = table.load(copy).iloc[0].to_dict() | {"step": 2001}
+        with table.RowWriter(copy / row["cell"] / "rows.jsonl") as writer:
+            writer.append([row])
+    if change == "a result":
+        (copy / "n784" / "result.json").unlink()
+    monkeypatch.setattr(report, "_analyse", lambda *_: pytest.fail("computed again"))
+    if change == "nothing":
+        assert report.write(copy) == copy / "report.html"
+        return
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        report.write(copy)
+
+
+def test_an_up_to_date_report_needs_no_heavy_library(study):
+    """Fails if `lm report` on a finished study imports pandas, SciPy or Altair."""
+    code = "import sys; from lm.emergence import report; report.main(sys.argv[1:2] + ['--json']); "
+    code += "assert not {'pandas', 'scipy', 'altair', 'jax'} & set(sys.modules), 'heavy'"
+    done = subprocess.run([sys.executable, "-c", code, str(study)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["study"] == "desk"
+
+
+def test_the_page_needs_nothing_but_itself(study):
+    """Fails if the page loads anything, or text of a study can end its script."""
+    page = (study / "report.html").read_text()
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", own)
+    assert not re.search(r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=""", own)
+    assert page.count("<script") == page.count("</script") == 3  # data, Vega, ours
+    assert "More &lt;/script&gt; text" in own
+    assert len(page) < 2_500_000
+
+
+def test_the_figures_are_pictures(study):
+    """Fails if a figure is missing; that text is drawn is seen by the bytes of its ink."""
+    names = {path.stem for path in (study / "figures").glob("*.png")}
+    assert {"recall-1-exact_match", "recall-1-nll", "recall-1-share", "text-law"} <= names
+    for path in (study / "figures").glob("*.png"):
+        data = path.read_bytes()
+        assert data[:4] == b"\x89PNG" and 5_000 < len(data) < 200_000, path
+
+
+def test_the_terminal_has_the_verdicts_and_the_path(study, capsys):
+    """Fails if a line is wider than 100 columns or the path is wrapped."""
+    assert report.main([str(study)]) == 0
+    out = capsys.readouterr().out
+    assert f"page: {study / 'report.html'}" in out
+    assert re.search(r"recall\s+1\s+emergent\s+1\.\d+k", out)
+    assert max(len(line) for line in out.splitlines() if not line.startswith("page:")) <= 100
+
+
+def test_an_unfinished_study_is_reported_as_far_as_it_is(tmp_path):
+    """Fails if a half-trained cell is fitted as if it had ended, or is not mentioned."""
+    path = run_directory(tmp_path / "desk", steps=(0, 16, 250), unfinished=("n6208", "n55296"))
+    analysis = report.analyse(path)
+    assert "6 of 8 cells are done" in analysis["notes"][0]
+    assert all(verdict["sizes"] == 5 for verdict in analysis["verdicts"])
+    for name in LADDER:
+        (path / f"n{name}" / "result.json").unlink(missing_ok=True)
+    (path / f"n{CONTROL}" / "result.json").unlink()
+    page = report.write(path)
+    assert read_json(path / "analysis.json")["verdicts"] == []
+    assert "0 of 8 cells are done" in page.read_text()
+
+
+def test_a_diverged_replica_is_counted_and_not_fitted(tmp_path):
+    """Fails if NaN reaches a fit, the page's JSON, or goes without a word."""
+    path = run_directory(tmp_path / "desk", steps=(0, 2000))
+    rows = table.load(path)
+    row = rows[(rows["cell"] == "n24704") & (rows["metric"] == "loss")].iloc[0].to_dict()
+    row |= {"step": 1500, "value": None, "stderr": None, "chance": None, "status": "diverged"}
+    with table.RowWriter(path / "n24704" / "rows.jsonl") as writer:
+        writer.append([row])
+    page = report.write(path)
+    analysis = read_json(path / "analysis.json")
+    assert "Diverged replicas: 1;" in analysis["notes"][0]
+    assert {verdict["diverged"] for verdict in analysis["verdicts"]} == {1}
+    assert "NaN" not in re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+
+
+def test_what_cannot_be_reported_is_the_users_mistake(tmp_path):
+    """Fails with a traceback where there is no study, no row, or no folder."""
+    with pytest.raises(UserError, match="is not a folder|has no study.json"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no study.json"):
+        report.write(tmp_path)
+    write_json(tmp_path / "study.json", {"name": "empty"})
+    with pytest.raises(UserError, match="has no rows yet"):
+        report.write(tmp_path)
+    assert not (tmp_path / "analysis.json").exists()
+
+
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+CHANGE = """<script>
+window.addEventListener("error", e => document.body.dataset.error = e.message);
+window.addEventListener("unhandledrejection", e => document.body.dataset.error = e.reason);
+const wait = setInterval(() => {
+  if (document.body.dataset.ready !== "yes") return;
+  clearInterval(wait);
+  document.getElementById("metric").value = "nll";
+  document.getElementById("x").value = "text_loss";
+  document.getElementById("x").dispatchEvent(new Event("change"));
+}, 50);
+</script>"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium")
+def test_the_page_draws_and_its_switches_work(study, tmp_path):
+    """Fails if a chart is empty, the script raises, or changing metric and axis draws nothing."""
+    page = (study / "report.html").read_text()
+    head, _, tail = page.rpartition("</body>")
+    copy = tmp_path / "page.html"
+    copy.write_text(f"{head}{CHANGE}</body>{tail}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", "--no-first-run", "--dump-dom"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=30000"]
+    options += ["--enable-logging=stderr", copy.as_uri()]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120)
+    dom, log = done.stdout, done.stderr
+    errors = [line for line in log.splitlines() if "CONSOLE" in line]
+    assert not errors and "data-error" not in dom, errors or re.findall("data-error=[^>]*", dom)
+    assert 'data-drawn="nll text_loss"' in dom
+    charts = re.findall(r"<svg[^>]*marks.*?</svg>", dom, re.DOTALL)
+    assert len(charts) == len(TASKS) + 3  # every ability, two losses during training, the law
+    assert all("recall: loss, nats per answer token" in c for c in charts if "recall" in c)
+    recall = next(c for c in charts if "recall" in c)
+    assert "held-out text loss, nats per token" in recall  # the x-axis
+    assert len(re.findall(r'aria-roledescription="point"', recall)) >= 27  # every seed
