@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lm.config import UserError
-from lm.rundir import read_json
+from lm.rundir import holder, read_json
 from lm.train.cell import Cell
 
 
@@ -34,6 +34,9 @@ class Display:
         """Reads what the workers say of themselves."""
         for name, cell in list(self.waiting.items()):
             folder = self.workdir / name
+            if not (folder / "progress.json").exists() and holder(folder / "lock"):
+                self.bars.start_task(self.ids[name])
+                self.bars.update(self.ids[name], note="compiling")
             with contextlib.suppress(FileNotFoundError, UserError):
                 state = read_json(folder / "progress.json")
                 self.bars.start_task(self.ids[name])

@@ -164,6 +164,13 @@ def _check_data(data: Path) -> list[str]:
     problems = []
     for manifest in sorted(data.rglob(MANIFEST)):
         problems += _check_json(manifest) or check_manifest(manifest.parent, read_json(manifest))
+    for folder in sorted({path.parent for path in data.rglob("*.npy")}):
+        if not (folder / MANIFEST).is_file():
+            problems.append(f"{folder / MANIFEST} is missing")
+    for path in sorted(data.rglob("tokenizer.json")):
+        model = path.with_name("tokenizer.model")
+        if not model.is_file() or sha256(model) != _read_or(path, {}).get("sha256"):
+            problems.append(f"{model} is not the one of {path.name}")
     return problems
 
 
@@ -263,7 +270,7 @@ def _print_status(name: str, owner: dict[str, Any] | None, cells: list[dict[str,
     runner = f"held by pid {owner['pid']} on {owner['host']}" if owner else "no runner"
     done = sum(cell["state"] == "done" for cell in cells)
     console = Console()
-    console.print(f"{name}: {done} of {len(cells)} cells are done; {runner}", highlight=False)
+    console.print(f"{name}: {runner}; {done} of {len(cells)} cells done", highlight=False)
     view = Table(box=None, pad_edge=False)
     for title in ("cell", "state", "points", "replicas", "step", "loss", "seconds", "noteworthy"):
         view.add_column(title, justify="right" if title in ("step", "loss", "seconds") else "left")

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -42,10 +42,15 @@ EXAMPLE = """example:
   lm run experiments/desk.py --workdir=runs/desk --config.train.tokens=5e6"""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `lm run --help` shows what there is")
+
+
 def main(argv: list[str]) -> int:
     """The verb `run`."""
     overrides, rest = split_overrides(argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "lm run",
         description=__doc__,
         epilog=EXAMPLE,
@@ -179,6 +184,10 @@ def _check_owner(workdir: Path, description: Mapping[str, Any]) -> None:
             )
         return
     there = read_json(workdir / "study.json")
+    if not isinstance(there, dict) or not {"name", "fingerprint", "config"} <= there.keys():
+        raise UserError(
+            f"{workdir / 'study.json'} is damaged; restore it, or choose another folder"
+        )
     if there["name"] != description["name"]:
         raise UserError(
             f"{workdir} belongs to study {there['name']!r}, not {description['name']!r};"

@@ -1,5 +1,6 @@
 """Checkpoints: the same bits come back, and nothing damaged or half-written is ever used."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -232,12 +233,12 @@ def test_a_full_disk_is_a_sentence_and_harms_nothing(small_disk, opened):
     checkpoints.seal()
     before = names(folder)
     used = shutil.disk_usage(folder).used
-    (small_disk / "other").write_bytes(b"x" * 2_000_000)
+    (small_disk / "other").write_bytes(b"x" * 3_000_000)
     with pytest.raises(UserError, match="disk full: .* bytes are left below .*; free some space"):
         checkpoints.save(2, state(2, size), EXTRA)
         checkpoints.seal()
     assert names(folder) == before
-    assert shutil.disk_usage(folder).used < used + 2_000_000 + 100_000
+    assert shutil.disk_usage(folder).used < used + 3_000_000 + 100_000
     step, found, _, problems = checkpoints.restore(shapes(state()))
     assert (step, problems) == (1, [])
     assert_same_bits(found, state(1))
@@ -251,17 +252,29 @@ def test_a_full_disk_is_a_sentence_and_harms_nothing(small_disk, opened):
     assert_same_bits(found, state(2, size))
 
 
-def test_no_room_for_the_manifest_is_a_sentence_too(small_disk, opened):
+def test_no_room_for_the_manifest_is_a_sentence_too(copy, opened, monkeypatch):
     """Catches a checkpoint whose arrays are there and whose seal is not: it must be given up."""
-    folder = small_disk / "cell" / "checkpoints"
-    checkpoints = opened(folder)
-    checkpoints.save(1, state(1), EXTRA)
-    checkpoints.seal()
-    before = names(folder)
-    checkpoints.save(2, state(2), EXTRA)
-    checkpoints._orbax.wait_until_finished()
-    with pytest.raises(OSError, match="No space left"):
-        (small_disk / "other").write_bytes(b"x" * 5_000_000)
+
+    def full(path, obj):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    before = names(copy)
+    checkpoints = opened(copy)
+    checkpoints.save(4, state(4), EXTRA)
+    monkeypatch.setattr("lm.train.checkpoint.write_json", full)
     with pytest.raises(UserError, match="disk full"):
         checkpoints.seal()
-    assert names(folder) == before and checkpoints.steps() == [1]
+    assert names(copy) == before and checkpoints.steps() == [2, 3]
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(copy, opened, monkeypatch):
+    """Catches a traceback where the disk is read-only."""
+
+    def denied(path, obj):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    checkpoints = opened(copy)
+    checkpoints.save(4, state(4), EXTRA)
+    monkeypatch.setattr("lm.train.checkpoint.write_json", denied)
+    with pytest.raises(UserError, match="cannot be written .*choose another --workdir"):
+        checkpoints.seal()

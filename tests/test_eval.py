@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from lm.data import tokenizer
-from lm.data.loader import read_rows, read_target_bytes
+from lm.data.loader import Batch, read_rows, read_target_bytes
 from lm.data.prepare import BOS, EOS, Document, document, pack
 from lm.emergence import metrics
 from lm.eval.perplexity import text_metrics
@@ -59,10 +59,17 @@ def answers_of(targets, length):
         Document(np.concatenate([[BOS], p, t, [EOS]]), weight)
         for p, t in zip(prompts(), targets, strict=True)
     ]
-    text = pack([document(np.arange(4, 20))] * 9, "stream", length)
-    test = make_test_set({("a", "1"): pack(docs, "fit", length)}, text, 5, 4)
+    text = pack([document(np.arange(4, 20), 1.0, np.arange(16))] * 9, "stream", length)
+    packs = {("a", "1"): pack(docs, "fit", length), ("A", "1"): pack(docs[:3], "fit", length)}
+    test = make_test_set(packs, text, 5, 4)
     found, scores = evaluate(lambda p, b: scorer()(p, b), params(), test)
-    assert scores.logprob.shape == (min(5, text.rows), length)
+    chosen = read_rows(text, np.arange(5) * text.rows // 5)
+    # As many rows as in a batch of the test set, so that the program is the same.
+    want = [scorer()(params(), Batch(*(a[[i] * 4] for a in chosen))).logprob[0] for i in range(5)]
+    np.testing.assert_array_equal(scores.logprob, want)
+    assert (
+        test.text_bytes.tolist() == read_target_bytes(text, np.arange(5) * text.rows // 5).tolist()
+    )
     return found["a", "1"]
 
 

@@ -90,6 +90,27 @@ def test_random_labels_are_flat_while_their_loss_falls():
     assert onset.judge(table("random_labels", exact, nll)).verdict == "flat"
 
 
+def test_a_small_rise_from_one_size_at_chance_is_smooth_where_the_loss_says_so():
+    """The desk study's bigram as it was measured. Catches a verdict that needs exact match alone to
+    tell a bend from a curve, and one that takes the loss's word for a rise of any height.
+    """
+    exact = [[0.184, 0.136, 0.158], [0.229, 0.255, 0.216], [0.224, 0.207, 0.217]]
+    exact += [[0.233, 0.210, 0.199, 0.246, 0.234, 0.232, 0.216, 0.226]]
+    exact += [[0.255, 0.254, 0.259, 0.259, 0.257], [0.240, 0.256, 0.270, 0.252, 0.267]]
+    exact += [[0.249, 0.264, 0.264], [0.248, 0.249, 0.272]]
+    loss = [[2.285, 2.316, 2.394], [2.217, 2.127, 2.192], [2.173, 2.186, 2.220]]
+    loss += [[2.158, 2.183, 2.152, 2.163, 2.169, 2.182, 2.166, 2.182]]
+    loss += [[2.028, 2.042, 2.036, 2.042, 2.044], [2.011, 2.011, 2.022, 2.003, 2.004]]
+    loss += [[2.002, 1.994, 1.997], [1.987, 1.994, 1.997]]
+    sizes = [404, 792, 894, 1576, 3516, 6224, 24736, 55536]
+    rows = table(
+        "bigram", dict(zip(sizes, exact, strict=True)), dict(zip(sizes, loss, strict=True)), 0.168
+    )
+    assert onset.judge(rows).verdict == "smooth"
+    without = onset.judge(rows[rows["metric"] == "exact_match"])
+    assert without.verdict == "undetermined"
+
+
 def test_a_bigram_is_smooth_though_its_loss_bends():
     """Fails if a rise from above chance can be an onset."""
     exact = near([0.33, 0.35, 0.36, 0.38, 0.42, 0.43, 0.43])

@@ -17,7 +17,7 @@ def tree(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     shapes = {
         "embed": (8, 6),
-        "layers": {"qkv": (2, 6, 4), "up": (2, 6, 2, 8), "norm1": (2, 6)},
+        "layers": {"qkv": (2, 6, 4), "up": (2, 6, 2, 4), "norm1": (2, 6)},
         "norm": (6,),
     }
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731

@@ -5,6 +5,7 @@ from functools import cache
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
@@ -124,6 +125,42 @@ def assert_same_bits(got, want):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
     ):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+
+def test_a_step_is_rate_times_direction():
+    """Catches the rate of the step before, an update of the other sign, a step that is not counted.
+
+    The objective is a parabola, so that the gradient is the parameter less the batch.
+    """
+    tx = optax.sgd(1.0, momentum=0.5)
+    tx = optax.chain(tx, optax.scale(-1.0))  # a direction points uphill
+
+    def parabola(model, params, batch, key):
+        return 0.5 * ((params - batch) ** 2).sum(), None
+
+    step = jax.jit(make_step(None, parabola, tx, lambda seen: seen / 1000, tokens_per_step=100))
+    state = new_state(np.float32([1.0, 2.0]), tx, 0.5, 0)
+    state, loss = step(state, np.float32([0.0, 4.0]))
+    np.testing.assert_allclose(state.params, [1 - 0.05 * 1, 2 + 0.05 * 2], rtol=1e-6)
+    assert float(loss) == 2.5 and int(state.step) == 1
+    state, _ = step(state, state.params)
+    np.testing.assert_allclose(state.params, [0.95 - 0.1 * 0.5, 2.1 + 0.1 * 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("lost", ["loss", "gradient"])
+def test_a_loss_or_a_gradient_that_is_not_finite_ends_a_replica(lost):
+    """Catches a step that looks at one of the two: either alone can be infinite."""
+    spoil = jax.lax.stop_gradient if lost == "loss" else lambda x: x - jax.lax.stop_gradient(x)
+
+    def objective(model, params, batch, key):
+        return params.sum() + spoil((params * batch).sum()), None
+
+    tx = optax.sgd(-1.0)
+    step = jax.jit(make_step(None, objective, tx, lambda seen: 1.0, tokens_per_step=1))
+    healthy, _ = step(new_state(np.float32([1, 2]), tx, 0.5, 0), np.float32([0, 3]))
+    state, _ = step(healthy, np.float32([np.inf, 0]))
+    assert int(healthy.diverged_at) == ALIVE and int(state.diverged_at) == 1
+    assert state.params.tolist() == healthy.params.tolist() != [1, 2]
 
 
 def test_scan_equals_a_loop():
@@ -360,7 +397,9 @@ def test_a_cell_on_a_mesh_is_trained_and_scored():
         states, losses = program.run(states, jax.device_put(stacked, program.population.batches))
         params = replica(states.params, 1)
         found = program.score(params, rows)
+        elsewhere = program.score(jax.device_put(params, jax.devices()[3]), rows)
     assert np.isfinite(losses).all()
     whole = jax.tree.map(np.asarray, params)
     want = jax.jit(make_scorer(Transformer(cell.model)))(whole, rows)
-    np.testing.assert_allclose(found.logprob, want.logprob, rtol=1e-4, atol=1e-5)
+    for scores in (found, elsewhere):
+        np.testing.assert_allclose(scores.logprob, want.logprob, rtol=1e-4, atol=1e-5)

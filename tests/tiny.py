@@ -165,14 +165,10 @@ def until[T](condition: Callable[[], T], seconds: float = 60.0) -> T:
     return value
 
 
-def worker_of(cell: Path) -> int:
-    """The pid that trains a cell, once there is one."""
-
-    def pid() -> int:
-        owner = holder(cell / "lock")
-        return owner["pid"] if owner and isinstance(owner["pid"], int) else 0
-
-    return until(pid)
+def worker(cell: Path) -> int:
+    """The pid that trains a cell, or 0."""
+    owner = holder(cell / "lock") or {}
+    return owner["pid"] if isinstance(owner.get("pid"), int) else 0
 
 
 def size(path: Path) -> int:

@@ -172,13 +172,14 @@ def decide(exact: Shape, continuous: Shape | None, ladder: Ladder) -> tuple[Name
     if exact.gain <= 0 or abs(exact.rise) < LEAST_CHANGE:
         if ladder.spread > LEAST_RISE:
             return "undetermined", f"sizes differ by {ladder.spread:.2f}, in no order"
-        return "flat", f"the change with size, {exact.rise:+.2f}, is not distinguishable from none"
+        small = "not distinguishable from none" if exact.gain <= 0 else "too small to count"
+        return "flat", f"the change with size, {exact.rise:+.2f}, is {small}"
     if exact.gain < DECISIVE:
         return "undetermined", f"a constant is only {exact.gain:.1f} in AICc behind a rise"
     if exact.word == "smooth" and ladder.late:
         return "undetermined", "most of its rise lies between the last two sizes"
     if ladder.floors < FLOOR_SIZES:
-        return _without_floor(exact, ladder.floors)
+        return _without_floor(exact, continuous, ladder.floors)
     if exact.word == "smooth":
         return "smooth", f"a wide curve describes it better by {-exact.sharpness:.0f} in AICc"
     if exact.word == "undecided":
@@ -367,12 +368,20 @@ def _too_little(rows: "pd.DataFrame") -> str:
     return ""
 
 
-def _without_floor(exact: Shape, floors: int) -> tuple[Name, str]:
+def _without_floor(exact: Shape, continuous: Shape | None, floors: int) -> tuple[Name, str]:
+    """It rises with too few sizes at chance to speak of a floor: smooth, where anything says so.
+
+    A rise below LEAST_RISE cannot be a jump; the continuous metric may show the curve that exact
+    match is too coarse for.
+    """
     where = "already above chance at the smallest size"
     if floors:
         where = f"only {floors} of the smallest sizes at chance; {FLOOR_SIZES} are needed"
-    if exact.word == "smooth" or (floors == 0 and exact.rise < LEAST_RISE):
+    small = exact.rise < LEAST_RISE
+    if exact.word == "smooth" or (small and floors == 0):
         return "smooth", f"it rises by {exact.rise:.2f}, {where}"
+    if small and continuous is not None and continuous.word == "smooth":
+        return "smooth", f"it rises by {exact.rise:.2f}, and {continuous.metric} by a wide curve"
     return "undetermined", f"it rises by {exact.rise:.2f}, {where}"
 
 

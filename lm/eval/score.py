@@ -7,7 +7,6 @@ is that token: the prefixes are the same as long as it is right. So exact match 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -27,10 +26,13 @@ def make_scorer(model: nn.Module) -> Callable[[Any, Any], Scores]:
 
     def score(params: Any, batch: Any) -> Scores:
         logits: Any = model.apply({"params": params}, batch.tokens, batch.segments, batch.positions)
-        logp = jax.nn.log_softmax(logits)
-        logprob = jnp.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
-        return Scores(
-            logprob, jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.exp(2 * logp).sum(axis=-1)
-        )
+        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        highest = logits.max(axis=-1, keepdims=True)
+        e = jnp.exp(logits - highest)
+        total = e.sum(axis=-1)
+        chosen = jnp.where(batch.targets[..., None] == ids, logits - highest, 0).sum(axis=-1)
+        # Reductions that vectorise: argmax and a gather made scoring four times slower on a CPU.
+        greedy = jnp.where(logits == highest, ids, ids.size).min(axis=-1)
+        return Scores(chosen - jnp.log(total), greedy, (e * e).sum(axis=-1) / (total * total))
 
     return score

@@ -53,6 +53,7 @@ class Recorder:
         self.flops_per_step = float(per_row) * cell.data.rows
         self.rows = RowWriter(folder / "rows.jsonl")
         self.events = JsonLines(folder / "events.jsonl")
+        self._progress: dict[str, Any] = {}
         self._progress_at = 0.0
         for problem in self.rows.problems:
             self.event("rows_damaged", what=problem)
@@ -102,17 +103,16 @@ class Recorder:
         for mismatch in self.rows.append(rows):
             self.event("replay_mismatch", what=str(mismatch))
 
-    def progress(self, step: int, loss: float, seconds: float, last: bool = False) -> None:
-        """At most once a second, for whoever looks."""
-        if last or time.monotonic() - self._progress_at > 1:
-            self._progress_at = time.monotonic()
-            state = {
-                "step": step,
-                "steps": self.cell.steps,
-                "loss": loss,
-                "seconds": round(seconds, 1),
-            }
-            write_json(self.folder / "progress.json", state)
+    def progress(self, step: int, loss: float, seconds: float) -> None:
+        """For whoever looks: on the disk at most once a second, and at every `sync`."""
+        steps, seconds = self.cell.steps, round(seconds, 1)
+        self._progress = {"step": step, "steps": steps, "loss": loss, "seconds": seconds}
+        if time.monotonic() - self._progress_at > 1:
+            self._write_progress()
+
+    def _write_progress(self) -> None:
+        self._progress_at = time.monotonic()
+        write_json(self.folder / "progress.json", self._progress)
 
     def losses(
         self, step: int, losses: np.ndarray, diverged_at: np.ndarray, seconds: float
@@ -129,7 +129,7 @@ class Recorder:
                 self.event("diverged", point=who.point, replica=who.index, step=at)
         alive = losses[diverged_at == ALIVE]
         loss_now = float(alive.mean()) if len(alive) else float("nan")
-        self.progress(step, loss_now, seconds, last=step == self.cell.steps)
+        self.progress(step, loss_now, seconds)
 
     def evaluation(
         self,
@@ -156,6 +156,8 @@ class Recorder:
         """Returns when everything written so far is on the disk."""
         self.rows.sync()
         self.events.sync()
+        if self._progress:
+            self._write_progress()
 
     def close(self) -> None:
         self.rows.close()
