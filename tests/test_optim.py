@@ -120,7 +120,10 @@ def test_muon_has_the_size_of_adam():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_mup_divides_the_update_of_hidden_weights_by_the_width_ratio(name):
-    """Catches multipliers before clipping or Adam, which would cancel them, and on embeddings."""
+    """Catches multipliers before clipping or Adam, which would cancel them, and on embeddings.
+
+    Muon's update grows with the root of the width, so its factor is the root of Adam's.
+    """
     config = TransformerConfig(16, 2, 16, 2, 2, 32, base_width=4, head="untied")
     multipliers = mup_multipliers(config)
     rng = np.random.default_rng(0)
@@ -136,7 +139,7 @@ def test_mup_divides_the_update_of_hidden_weights_by_the_width_ratio(name):
     hidden = {"qkv", "out", "gate", "up", "down"}
     assert hidden < set(updates["plain"]["layers"])
     for part, leaf in updates["plain"]["layers"].items():
-        factor = 1 / 4 if part in hidden else 1
+        factor = {"adamw": 1 / 4, "muon": 1 / 2}[name] if part in hidden else 1
         np.testing.assert_allclose(updates["mup"]["layers"][part], leaf * factor, rtol=1e-6)
     for part in ("embed", "head", "norm"):
         np.testing.assert_array_equal(updates["mup"][part], updates["plain"][part])

@@ -83,6 +83,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("tokens", "chunk", "checkpoint_every", "replica_devices"):
             positive(name, getattr(self, name))
+        if self.replicas == "sequential" and self.replica_devices > 1:
+            raise UserError(
+                f"replica_devices is {self.replica_devices} with replicas 'sequential'; replicas"
+                " that are spread over devices run side by side, use 'vmap' or 'auto'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +219,9 @@ def _sized(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     size, settings = model["size"], {k: v for k, v in model.items() if k != "size"}
     if not isinstance(size, str):
         raise UserError(f"{where}.size is {size!r}; it must be a text such as '2x16' or '7b'")
+    for key in ("layers", "width"):
+        if key in settings:
+            raise UserError(f"{where}.{key} is {settings[key]!r} beside size {size!r}; give one")
     try:
         return to_dict(ladder(size, **settings))
     except UserError as error:

@@ -49,11 +49,15 @@ class OptimConfig:
 
 def direction(config: OptimConfig, multipliers: Any) -> optax.GradientTransformation:
     """The descent direction per unit of learning rate; `multipliers` is a tree like the parameters
-    (μP).
+    (μP, for Adam).
 
     Muon (Jordan et al. 2024) orthogonalises hidden matrices, stacked over layers in their first
-    axis; embeddings, head and norms take Adam.
+    axis; embeddings, head and norms take Adam. Its update has a spectral norm that grows with the
+    root of the width where Adam's grows with the width, so it takes the roots of the multipliers
+    (Yang et al. 2023, "A Spectral Condition for Feature Learning").
     """
+    if config.name == "muon":
+        multipliers = jax.tree.map(math.sqrt, multipliers)
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     core = (
         optax.partition({"adam": adam, "muon": _muon(config)}, _labels)
