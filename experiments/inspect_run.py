@@ -124,7 +124,7 @@ def explain_point(workdir: Path, study: dict[str, Any], name: str) -> dict[str, 
     return {
         "study": study["name"],
         "point": name,
-        "overrides": points[name],
+        "about": points[name],
         "cell": cell,
         "settings": _read_or(workdir / cell / "config.json", {}),
         "size": {key: rows[0][key] for key in ("layers", "width", "params")} if rows else {},

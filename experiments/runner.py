@@ -38,7 +38,10 @@ from lm.train.checkpoint import disk_error
 
 RESTARTS = 2  # of workers that ended without bringing any cell further
 
-EXAMPLE = """example:
+EXAMPLE = """any setting of the study can be changed:
+  --config.KEY=VALUE     such as --config.train.tokens=5e6, --config.seeds.replicas=5
+
+example:
   lm run experiments/desk.py --workdir=runs/desk --config.train.tokens=5e6"""
 
 

@@ -148,7 +148,7 @@ def test_explain_says_everything_behind_a_point(workdir, capsys):
     assert [attempt["nproc"] for attempt in found["attempts"]] == ["1", "2"]
     assert found["attempts"][0]["git_commit"] == "c0ffee"
     assert found["seconds"]["compile"] == 1.0 and found["chance"] == {"recall.5": 0.2}
-    assert run(capsys, inspect_run.explain, workdir, "a")[1]["overrides"]["rate"] == 0.1
+    assert run(capsys, inspect_run.explain, workdir, "a")[1]["about"]["rate"] == 0.1
 
 
 def test_explain_for_people_and_before_it_began(workdir, capsys):

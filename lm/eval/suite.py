@@ -87,9 +87,8 @@ def _find_items(rows: Batch, first: int) -> Items:
     row, place = np.nonzero(rows.weights > 0)
     document = rows.segments[row, place].astype(np.int64) + row * (rows.segments.max() + 1)
     _, item, counts = np.unique(document, return_inverse=True, return_counts=True)
-    column = np.arange(len(item)) - np.repeat(
-        np.cumsum(counts) - counts, counts
-    )  # sorted, so a count restarts
+    # Documents come in order, so a running count restarts with each.
+    column = np.arange(len(item)) - np.repeat(np.cumsum(counts) - counts, counts)
     at = np.full((len(counts), counts.max()), PAD, np.int64)
     target = np.full(at.shape, PAD, np.int32)
     at[item, column] = (row + first) * rows.tokens.shape[-1] + place

@@ -8,7 +8,7 @@ among the four other nodes gives 1/4. It needs two layers of attention (Olsson e
 
 Commas keep the two places of a node apart: without them the token after an A is its successor in
 one edge and the next edge's node in the other, which relative positions cannot tell. Fewer edges
-are easier to learn and make more edges learnable: see docs/design.md.
+are easier to learn and make more edges learnable: see experiments/LOG.md.
 """
 
 import numpy as np

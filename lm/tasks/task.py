@@ -47,9 +47,8 @@ class Task:
     generate: Callable[[np.random.Generator, int, int], list[Example]]
     turns: int = 1  # of a training example; a test item has one, so that items are independent
     held_out: float = 0.05  # share of keys in the test split, and again in the validation split
-    prompt_rules: bool = (
-        True  # False where one character of the prompt is the answer's true cause, not its format
-    )
+    # False where one character of the prompt is the answer's true cause and not its format.
+    prompt_rules: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     learning_rate: Array  # float32, the replica's peak
     dropout_seed: Array  # uint32
-    diverged_at: (
-        Array  # int32, the first step whose loss or gradient was not finite; ALIVE otherwise
-    )
+    diverged_at: Array  # int32, the first step with a loss or gradient not finite, else ALIVE
 
 
 def new_state(
