@@ -13,7 +13,6 @@ from lm.data.loader import (
     Loader,
     MixtureItem,
     dataset,
-    eval_batches,
     read_rows,
     read_target_bytes,
     row_order,
@@ -76,23 +75,12 @@ def test_rows_equal_the_slow_definition(lengths, layout, length):
 def test_every_target_and_byte_comes_once(lengths, layout, length):
     """Catches rows that overlap by too much or leave a token out: bits per byte would be wrong."""
     packed = make(lengths, layout, length)
-    batches = list(eval_batches(packed, None, 4))
-    targets = [b.targets[b.weights > 0] for b, _ in batches]
-    assert np.concatenate(targets).tolist() == packed.tokens[packed.weight > 0].tolist()
-    nbytes = sum(int(n.sum()) for _, n in batches)
-    assert nbytes == packed.token_bytes[packed.weight > 0].sum()
-    assert all(b.tokens.shape == (4, length) and n.shape == (4,) for b, n in batches)
-
-
-def test_eval_rows_are_spread_and_fixed():
-    """Catches an evaluation on the first documents only, or on other rows each time."""
-    packed = make([20] * 50, "stream", 8)
-    (batch, nbytes), (again, _) = (next(eval_batches(packed, 10, 10)) for _ in range(2))
-    same(batch, again)
-    rows = np.arange(10) * packed.rows // 10
-    same(batch, read_rows(packed, rows))
-    np.testing.assert_array_equal(nbytes, read_target_bytes(packed, rows))
-    assert sum(len(n) for _, n in eval_batches(packed, 10**9, 1)) == packed.rows
+    batch = read_rows(packed, np.arange(packed.rows))
+    targets = batch.targets[batch.weights > 0]
+    assert targets.tolist() == packed.tokens[packed.weight > 0].tolist()
+    nbytes = read_target_bytes(packed, np.arange(packed.rows))
+    assert nbytes.sum() == packed.token_bytes[packed.weight > 0].sum()
+    assert nbytes.shape == (packed.rows,)
 
 
 def mixture(seed=0, weight=0.25):

@@ -8,7 +8,6 @@ gathering: all rows of a chunk of steps are cut out of the memory maps in a few 
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
@@ -130,26 +129,13 @@ def read_rows(packed: Packed, rows: np.ndarray) -> Batch:
 
 
 def read_target_bytes(packed: Packed, rows: np.ndarray) -> np.ndarray:
-    """Bytes of text under the targets (weight above 0) of each row, int64 [...]."""
+    """Bytes of text under the targets (weight above 0) of each row, int64 [...].
+
+    Bits per byte is the sum of nll (nats) over rows / ln 2 / the sum of these.
+    """
     at, inside = _windows(packed, rows)
     counts = np.where(inside & (packed.weight[at] > 0), packed.token_bytes[at], 0)
     return counts[..., 1:].sum(-1, dtype=np.int64)
-
-
-def eval_batches(
-    packed: Packed, rows: int | None, batch: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Up to `rows` rows (None: all), spread evenly, in a fixed order: batches and bytes [batch].
-
-    Bits per byte is the sum of nll (nats) over all of them / ln 2 / the sum of bytes. The last
-    batch is filled with empty rows.
-    """
-    count = packed.rows if rows is None else min(rows, packed.rows)
-    chosen = np.arange(count) * packed.rows // max(count, 1)
-    for part in (chosen[i : i + batch] for i in range(0, count, batch)):
-        fill = ((0, batch - len(part)), (0, 0))
-        arrays = Batch(*(np.pad(array, fill) for array in read_rows(packed, part)))
-        yield arrays, np.pad(read_target_bytes(packed, part), fill[0])
 
 
 def _windows(packed: Packed, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
