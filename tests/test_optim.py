@@ -17,7 +17,7 @@ def tree(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     shapes = {
         "embed": (8, 6),
-        "layers": {"qkv": (2, 6, 4), "up": (2, 6, 2, 4), "norm1": (2, 6)},
+        "layers": {"qkv": (2, 6, 4), "up": (2, 6, 8), "norm1": (2, 6)},
         "norm": (6,),
     }
     is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
@@ -85,9 +85,8 @@ def test_muon_is_that_of_optax_on_stacked_matrices_and_adam_elsewhere():
     clip = optax.clip_by_global_norm(config.clip)
 
     def slices(t):
-        """Every hidden matrix by itself: two layers, and gate and up apart."""
-        qkv, up = t["layers"]["qkv"], t["layers"]["up"]
-        return [qkv[0], qkv[1], *(up[i, :, j] for i in range(2) for j in range(2))]
+        """Every hidden matrix by itself, wide and tall, of both layers."""
+        return [t["layers"][name][layer] for name in ("qkv", "up") for layer in range(2)]
 
     want, state = slices(params), muon.init(slices(params))
     update = jax.jit(muon.update)

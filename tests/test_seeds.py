@@ -20,24 +20,29 @@ def test_wilson_gives_the_published_interval():
     assert seeds.wilson(0, 0) == (0, 1)
 
 
-def test_the_bootstrap_knows_both_levels():
-    """Fails if seeds or items are left out of the resampling: the variance of a mean of S seeds of
-    n items is between/S + within/(S n)."""
+def over_items(items, resamples):
+    """The oracle: draws seeds and then items of [seeds, n] themselves; bootstrap means."""
+    rng = np.random.default_rng(1)
+    chosen = rng.integers(len(items), size=(resamples, len(items)))
+    draws = rng.integers(items.shape[1], size=(resamples, *items.shape))
+    return np.take_along_axis(items[chosen], draws, axis=2).mean(axis=(1, 2))
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["rate", "mean"])
+def test_the_bootstrap_from_values_is_that_over_items(kind, apart):
+    """Fails if seeds or items are left out of the draw: with seeds alike only items scatter."""
     rng = np.random.default_rng(0)
-    levels = rng.normal(0, 1.0, 40)
-    items = levels[:, None] + rng.normal(0, 4.0, (40, 30))
-    draws = seeds.hierarchical_bootstrap(items, 2000, seed=1)
-    spread = items.mean(1).var() / 40 + items.var(1).mean() / (40 * 30)
-    assert draws.var() == pytest.approx(spread, rel=0.1)
-    same = np.tile(items[:1], (40, 1))  # equal seeds: only the items are left
-    spread = same[0].var() / (40 * 30)
-    assert seeds.hierarchical_bootstrap(same, 2000).var() == pytest.approx(spread, rel=0.15)
-
-
-def test_the_bootstrap_is_a_function_of_its_seed():
-    items = np.random.default_rng(0).normal(size=(3, 10))
-    one, two, other = (seeds.hierarchical_bootstrap(items, 50, seed=s) for s in (0, 0, 1))
-    assert (one == two).all() and (one != other).any()
+    levels = 0.5 + apart * np.linspace(-1, 1, 8)[:, None]
+    items = rng.random((8, 60)) < levels if kind == "rate" else rng.normal(levels, 1.0, (8, 60))
+    items = items.astype(float)
+    if not apart:
+        items = np.tile(items[:1], (8, 1))
+    stderr = None if kind == "rate" else items.std(1) / 60**0.5
+    got = seeds.bootstrap_rung(items.mean(1), np.full(8, 60), stderr, 4000)
+    want = over_items(items, 4000)
+    assert got.mean() == pytest.approx(want.mean(), abs=0.02)
+    assert got.std() == pytest.approx(want.std(), rel=0.08)
 
 
 def test_a_perfect_rung_is_not_certain():

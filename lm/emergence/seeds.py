@@ -55,22 +55,10 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def hierarchical_bootstrap(items: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Bootstrap means [resamples] of items [seeds, n]: draws seeds, then items within each."""
-    rng = np.random.default_rng(seed)
-    seeds, n = items.shape
-    chosen = rng.integers(seeds, size=(resamples, seeds))
-    means = np.empty((resamples, seeds))
-    for column in range(seeds):  # one seed at a time keeps the draw at resamples × n
-        draw = rng.integers(n, size=(resamples, n))
-        means[:, column] = items[chosen[:, column, None], draw].mean(1)
-    return means.mean(1)
-
-
 def bootstrap_rung(
     values: np.ndarray, n: np.ndarray, stderr: np.ndarray | None, resamples: int = 1000
 ) -> np.ndarray:
-    """The hierarchical bootstrap when only each seed's value [S] is kept, not its items.
+    """Bootstrap means of a size, drawing seeds and then items, from each seed's value [S] alone.
 
     Without `stderr` the values are rates of n items and the items are drawn from Jeffreys'
     posterior Beta(k + 1/2, n - k + 1/2), so that 1000 of 1000 right is not certainty; with it they

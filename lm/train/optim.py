@@ -101,10 +101,9 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     # sqrt(max side) lets one learning rate and one weight decay serve both (Liu et al. 2025, "Muon
     # is Scalable").
     def rescale(update: Array) -> Array:
-        return 0.2 * math.sqrt(max(update.shape[1], update.shape[-1])) * update
+        return 0.2 * math.sqrt(max(update.shape[-2:])) * update
 
-    # Along the other axes, layers and the two halves of a gated MLP, are separate matrices.
-    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=-1)
+    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return optax.chain(
         optax.contrib.scale_by_muon(
             beta=0.95, weight_dimension_numbers=lambda params: jax.tree.map(lambda _: dims, params)
@@ -114,10 +113,10 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _labels(params: Any) -> Any:
-    """Muon for stacked hidden matrices [L, in, ..., out], Adam for everything else."""
+    """Muon for stacked hidden matrices [L, in, out], Adam for everything else."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
-            "muon" if _name(path).startswith("layers/") and leaf.ndim > 2 else "adam"
+            "muon" if _name(path).startswith("layers/") and leaf.ndim == 3 else "adam"
         ),
         params,
     )
