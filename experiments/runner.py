@@ -105,6 +105,7 @@ def run(
             code = _work(left, workdir, workers or min(len(left), _processors()), console)
             if code:
                 return code
+            _print_compiling(left, workdir, console)
     from lm.emergence import report  # plots and statistics: not before they are needed
 
     return report.main([str(workdir)])
@@ -279,6 +280,21 @@ def _work(left: Sequence[Cell], workdir: Path, workers: int, console: Console) -
         finally:
             local.cancel(handles)
     return _explain_failure(left, workdir, command.log)
+
+
+def _print_compiling(done: Sequence[Cell], workdir: Path, console: Console) -> None:
+    """What compiling cost: the time that cells waited, and the work, most of it beside training."""
+    seconds = [read_json(workdir / c.name / "result.json")["seconds"] for c in done]
+    lines = [line for c in done for line in read_lines(workdir / c.name / "events.jsonl")[0]]
+    made = [line for line in lines if line["event"] == "compiled"]
+    waited, total = (sum(s[kind] for s in seconds) for kind in ("compile", "total"))
+    work = sum(e[kind] for e in made for kind in ("trace", "lower", "compile"))
+    programs, cached = (sum(e[kind] for e in made) for kind in ("programs", "cached"))
+    console.print(
+        f"compiling: cells waited {waited:.1f} of {total:.0f} s ({waited / total:.1%}) for"
+        f" {work:.1f} s of it; {cached} of {programs} programs came from the cache",
+        highlight=False,
+    )
 
 
 def _wait(left: Sequence[Cell], workdir: Path, console: Console) -> None:

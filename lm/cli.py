@@ -21,6 +21,7 @@ VERBS = {
     "verify": ("experiments.inspect_run:verify", "check every checksum of a run directory"),
     "report": ("lm.emergence.report:main", "analyse a run directory and write its page"),
     "tokenizer": ("lm.data.tokenizer:main", "train a tokenizer, or show one"),
+    "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 
 

@@ -14,7 +14,7 @@ spmd_axis_name=replica_axis(mesh))`, so that every `constrain` inside keeps the 
 Without a mesh nothing here does anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -145,6 +145,32 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, _spec("activation", x.shape, names, IN_COMPUTE, mesh)
     )
+
+
+def local(
+    f: Callable[..., jax.Array],
+    inputs: tuple[tuple[str | None, ...] | None, ...],
+    output: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    """f on every device's own part of its arguments, for kernels that XLA cannot cut by itself.
+
+    `inputs` and `output` name the axes; an argument that is None has None for names. Without a mesh
+    of several devices it is f itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return f
+
+    def cut(*args: jax.Array | None) -> jax.Array:
+        specs = tuple(
+            None if x is None else _spec("activation", x.shape, names or (), IN_COMPUTE, mesh)
+            for x, names in zip(args, inputs, strict=True)
+        )
+        shape = args[0].shape if args[0] is not None else ()
+        out = _spec("activation", shape, output, IN_COMPUTE, mesh)
+        return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+    return cut
 
 
 def _spec(

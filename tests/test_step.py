@@ -152,7 +152,8 @@ def test_a_step_is_rate_times_direction():
     tx = optax.chain(tx, optax.scale(-1.0))  # a direction points uphill
 
     def parabola(model, params, batch, key):
-        return 0.5 * ((params - batch) ** 2).sum(), None
+        loss = 0.5 * ((params - batch) ** 2).sum()
+        return loss, objectives.Metrics(loss, 1.0)
 
     step = jax.jit(make_step(None, parabola, tx, lambda seen: seen / 1000, tokens_per_step=100))
     state = new_state(np.float32([1.0, 2.0]), tx, 0.5, 0)
@@ -169,7 +170,8 @@ def test_a_loss_or_a_gradient_that_is_not_finite_ends_a_replica(lost):
     spoil = jax.lax.stop_gradient if lost == "loss" else lambda x: x - jax.lax.stop_gradient(x)
 
     def objective(model, params, batch, key):
-        return params.sum() + spoil((params * batch).sum()), None
+        loss = params.sum() + spoil((params * batch).sum())
+        return loss, objectives.Metrics(loss, 1.0)
 
     tx = optax.sgd(-1.0)
     step = jax.jit(make_step(None, objective, tx, lambda seen: 1.0, tokens_per_step=1))

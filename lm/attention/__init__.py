@@ -10,20 +10,30 @@ from types import ModuleType
 import jax
 from jax import Array
 
-from lm.attention import blockwise, reference
+from lm.attention import blockwise, cpu, gpu, reference, splash, tpu
 from lm.attention.mask import Mask, check
 from lm.config import UserError, nearest
+from lm.sharding import local
 
 __all__ = ["BACKENDS", "Mask", "attention", "choose", "explain"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "blockwise": blockwise}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "blockwise": blockwise,
+    "cpu": cpu,
+    "gpu": gpu,
+    "tpu": tpu,
+    "splash": splash,
+}
+# To XLA these are calls without a rule for cutting them: on a mesh each device calls its own.
+KERNELS = ("cpu", "gpu", "tpu", "splash")
 
 # Per platform, in order: a backend, and the largest T*S for which `auto` takes it (None: any).
 # docs/attention.md has the measurements behind the limit of `cpu`; the others are not measured.
 ORDER: dict[str, tuple[tuple[str, int | None], ...]] = {
-    "cpu": (("reference", 256 * 256), ("blockwise", None)),
-    "gpu": (("reference", 256 * 256), ("blockwise", None)),
-    "tpu": (("reference", 256 * 256), ("blockwise", None)),
+    "cpu": (("cpu", None), ("reference", 256 * 256), ("blockwise", None)),
+    "gpu": (("gpu", None), ("reference", 256 * 256), ("blockwise", None)),
+    "tpu": (("tpu", None), ("splash", None), ("reference", 256 * 256), ("blockwise", None)),
 }
 
 
@@ -36,8 +46,21 @@ def attention(
     operands.
     """
     check(q, k, v, mask)
-    backend = BACKENDS[choose(q, k, v, mask, impl)]
-    return backend.attention(q, k, v, mask, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    name = choose(q, k, v, mask, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name not in KERNELS:
+        return BACKENDS[name].attention(q, k, v, mask, scale=scale)
+
+    def kernel(q: Array, k: Array, v: Array, *parts: Array | None) -> Array:
+        whole = Mask(mask.causal, mask.window, *parts)
+        return BACKENDS[name].attention(q, k, v, whole, scale=scale)
+
+    heads = ("batch", None, "heads", None)
+    keys = ("batch", None, "kv_heads", None)
+    rows, row = ("batch", None), ("batch",)
+    parts = mask.q_segments, mask.k_segments, mask.prefix, mask.lengths
+    names = (heads, keys, keys, rows, rows, row, row)
+    return local(kernel, names, heads)(q, k, v, *parts)
 
 
 def choose(q: Array, k: Array, v: Array, mask: Mask, impl: str = "auto") -> str:

@@ -61,8 +61,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Mask, scale: float) -> tuple[Ar
             return a * old[..., None] + pv, new, total * old + p.sum(-1)
 
         # The maximum starts above HIDDEN, so a row that sees nothing has p = 0 throughout.
-        m = jnp.full(qi.shape[:-1], HIDDEN / 2, wide)
-        start = jnp.zeros(qi.shape, wide), m, jnp.zeros_like(m)
+        m = jnp.full_like(qi[..., 0], HIDDEN / 2, wide)
+        start = jnp.zeros_like(qi, wide), m, jnp.zeros_like(m)
         a, m, total = lax.fori_loop(*tile.bounds(i), column, start)
         total = jnp.maximum(total, 0.5)
         return a / total[..., None], m + jnp.log(total)
@@ -94,11 +94,11 @@ def _backward(scale: float, saved: Any, dout: Array) -> tuple:
             dks = dks.at[j].add(_dot("bkts,bkth->bksh", ds, qi))
             return dqi + _dot("bkts,bksh->bkth", ds, ks[j]), dks, dvs
 
-        start = jnp.zeros(qi.shape, wide), *carry
+        start = jnp.zeros_like(qi, wide), *carry
         dqi, dks, dvs = lax.fori_loop(*tile.bounds(i), column, start)
         return (dks, dvs), dqi
 
-    zeros = jnp.zeros(ks.shape, wide), jnp.zeros(vs.shape, wide)
+    zeros = jnp.zeros_like(ks, wide), jnp.zeros_like(vs, wide)
     (dks, dvs), dqs = lax.scan(row, zeros, (jnp.arange(len(qs)), qs, douts, lse, deltas))
     dq, dk, dv = _join_queries(dqs, q), _join_keys(dks, k), _join_keys(dvs, v)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -51,6 +51,8 @@ class TransformerConfig:
     layer_loop: Literal["scan", "unroll"] = "scan"
     remat: Literal["none", "dots", "full"] = "none"
     base_width: int = 0  # muP: the width at which learning rates are tuned; 0 is off
+    loss: Literal["auto", "logits", "chunked"] = "auto"  # lm/objectives.py says what auto takes
+    z_loss: float = 0.0  # training adds z_loss * lse^2 (Chowdhery et al. 2022, section 5: 1e-4)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_size"):
@@ -58,6 +60,7 @@ class TransformerConfig:
         for name in ("norm_epsilon", "rope_base"):
             positive(name, getattr(self, name))
         within("base_width", self.base_width, 0)
+        within("z_loss", self.z_loss, 0, 1)
         within("dropout", self.dropout, 0, 1)
         if self.dropout == 1:
             raise UserError("dropout 1 drops everything; use less than 1")
@@ -169,7 +172,6 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
 
-    @nn.compact
     def __call__(
         self, tokens: Array, segments: Array, positions: Array, *, deterministic: bool = True
     ) -> Array:
@@ -179,6 +181,19 @@ class Transformer(nn.Module):
         `rngs={"dropout": key}`.
         """
         c, (B, T) = self.config, tokens.shape
+        x, table = self.hidden(tokens, segments, positions, deterministic=deterministic)
+        y = logits(x.reshape(B * T, c.width), table) / c.width_ratio
+        return constrain(y.reshape(B, T, c.vocab_size), ("batch", "seq", "vocab"))
+
+    @nn.compact
+    def hidden(
+        self, tokens: Array, segments: Array, positions: Array, *, deterministic: bool = True
+    ) -> tuple[Array, Array]:
+        """What the logits are the product of: final states [B, T, D] and the head's table [V, D].
+
+        The logits are this product over `width_ratio`.
+        """
+        c = self.config
         table = _weight(self, "embed", (c.vocab_size, c.width), "vocab", "embed")
         x = constrain(jnp.take(table, tokens, axis=0), ("batch", "seq", None))
         keys = None
@@ -190,11 +205,10 @@ class Transformer(nn.Module):
         angles = rope_angles(positions, c.head_size, c.rope_base)
         x, _ = _stack(c)(c, name="layers")(x, keys, mask, angles)
 
-        x = rms_norm(x, _scale(self, "norm", c.width), c.norm_epsilon).reshape(B * T, c.width)
+        x = rms_norm(x, _scale(self, "norm", c.width), c.norm_epsilon)
         if c.head == "untied":
             table = _weight(self, "head", (c.vocab_size, c.width), "vocab", "embed")
-        y = (logits(x, table) / c.width_ratio).reshape(B, T, c.vocab_size)
-        return constrain(y, ("batch", "seq", "vocab"))
+        return x, table
 
 
 def _stack(config: TransformerConfig) -> Any:

@@ -24,7 +24,7 @@ from lm.train import mixture
 from lm.train.cell import TEXT, Cell
 from lm.train.checkpoint import Checkpoints
 from lm.train.population import replica
-from lm.train.program import Program, compile_cell
+from lm.train.program import Program, compile_cell, scoring_rows
 from lm.train.record import Clock, Recorder, params_sha256
 from lm.train.step import ALIVE, TrainState
 
@@ -45,9 +45,11 @@ def train(
     *,
     stop: Callable[[], bool] = lambda: False,
     devices: list[Any] | None = None,
+    program: Callable[[], Program] | None = None,
 ) -> dict[str, Any]:
     """Trains a cell to its end and returns what is in its `result.json`; the caller holds the
-    cell's lock.
+    cell's lock. `program` gives the compiled cell, by default by compiling it now; seconds of
+    `compile` are those spent waiting for it.
 
     Raises UserError for what the user must mend, Interrupted when `stop()` asked for an end.
     """
@@ -61,13 +63,16 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         record.event("begin")
-        program = compile_cell(cell, Batch(*(a[0] for a in test.batches)), devices)
-        with jax.set_mesh(program.mesh):
-            step, states, clock = _start(cell, program, checkpoints, record, changed)
+        tick = time.monotonic()
+        compiled = program() if program else compile_cell(cell, scoring_rows(cell), devices)
+        waited = time.monotonic() - tick
+        record.event("compiled", waited=waited, **dataclasses.asdict(compiled.cost))
+        with jax.set_mesh(compiled.mesh):
+            step, states, clock = _start(cell, compiled, checkpoints, record, changed)
             run = _Run(
-                cell, program, prepared, test, record, checkpoints, clock, begin, clock.total
+                cell, compiled, prepared, test, record, checkpoints, clock, begin, clock.total
             )
-            clock.compile += program.seconds
+            clock.compile += waited
             states = _steps(run, states, step, stop)
             return _finish(run, folder, states, attempt)
     finally:

@@ -1,8 +1,9 @@
 """Replicas are an axis: one compiled program trains all replicas of a cell.
 
-`vmap` runs them side by side, `sequential` runs the same step on one after another (`jax.lax.map`).
-Both take and give states with a leading replica axis and agree within rounding, so nothing else
-knows which one runs. On a mesh every state rests where its strategy says, with the replica axis in
+`vmap` runs them side by side, `sequential` runs the same step on one after another
+(`jax.lax.map`), `fused` is `vmap` over the objective that is one kernel (`lm.models.fused`). All
+take and give states with a leading replica axis and agree within rounding, so nothing else knows
+which one runs. On a mesh every state rests where its strategy says, with the replica axis in
 front; the step is a `jax.jit` with those shardings and donates the state.
 """
 
@@ -20,7 +21,7 @@ from lm.models.transformer import TransformerConfig, initialise
 from lm.sharding import Strategy, batch_sharding, replica_axis, shardings
 from lm.train.step import TrainState, new_state
 
-Mode = Literal["auto", "vmap", "sequential"]
+Mode = Literal["auto", "vmap", "sequential", "fused"]
 
 # What `auto` means. CPU: tiny products run one at a time anyway, and replicas side by side fall out
 # of the cache (docs/design.md has the figures); accelerators are idle unless replicas fill them.
@@ -105,9 +106,9 @@ def _open_empty(boxed: Any) -> Any:
 
 
 def choose(mode: Mode, mesh: Mesh) -> Literal["vmap", "sequential"]:
-    """What `auto` becomes on this mesh; replicas that are spread over devices can only run side by
-    side.
-    """
+    """How the step is mapped over replicas; those spread over devices can only run side by side."""
+    if mode == "fused":
+        return "vmap"
     if mode != "auto":
         return mode
     return "vmap" if replica_axis(mesh) else FASTEST[mesh.devices.flat[0].platform]

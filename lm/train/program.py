@@ -2,12 +2,18 @@
 
 Three programs: fresh states, one dispatch of training, one batch of scoring. Compiling them before
 the first step makes the seconds it took a number of their own, and finds a batch that does not
-divide the devices before anything is written.
+divide the devices before anything is written. Names, seeds, learning rates and data are arguments:
+cells that differ in nothing else share an entry of the persistent cache.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import objectives
+from lm.config import UserError
 from lm.data.loader import Batch
 from lm.eval.score import Scores, make_scorer
+from lm.models import fused as fused_kernel
 from lm.models.transformer import Transformer, mup_multipliers
 from lm.sharding import make_mesh
 from lm.train import optim
@@ -29,9 +37,24 @@ from lm.train.step import TrainState, make_chunk, make_step
 INIT_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}, "gpu": None, "tpu": None}
 
 
+@dataclasses.dataclass
+class Cost:
+    """Seconds of making programs, by kind, how many were made, and how many of them were in the
+    persistent cache: for those `compile` is the time of reading them.
+    """
+
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+    programs: int = 0
+    cached: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Compiled functions, to be called under `jax.set_mesh(mesh)`; `seconds` of compiling."""
+    """Compiled functions, to be called under `jax.set_mesh(mesh)`; `seconds` from begin to end, and
+    what they went into.
+    """
 
     population: Population
     init: Callable[..., TrainState]
@@ -39,6 +62,7 @@ class Program:
     score: Callable[[Any, Batch], Scores]
     mesh: Any
     seconds: float
+    cost: Cost
 
 
 def make_cell_population(cell: Cell, mesh: Any) -> Population:
@@ -46,9 +70,10 @@ def make_cell_population(cell: Cell, mesh: Any) -> Population:
     divide the devices.
     """
     tx = optim.direction(cell.optim, mup_multipliers(cell.model))
+    fused = is_fused(cell, mesh)
     step = make_step(
         Transformer(cell.model),
-        objectives.causal,
+        objectives.fused if fused else objectives.causal,
         tx,
         optim.schedule(cell.optim, cell.steps * cell.tokens_per_step),
         tokens_per_step=cell.tokens_per_step,
@@ -62,12 +87,36 @@ def make_cell_population(cell: Cell, mesh: Any) -> Population:
         rows=cell.data.rows,
         mesh=mesh,
         strategy=cell.train.strategy,
-        mode=cell.train.replicas,
+        mode="fused" if fused else cell.train.replicas,
     )
 
 
+def is_fused(cell: Cell, mesh: Any) -> bool:
+    """Whether the loss and its gradient are one kernel: where it can be, unless told otherwise.
+
+    Raises UserError if it is asked for and cannot be.
+    """
+    if cell.train.replicas not in ("auto", "fused"):
+        return False
+    device = mesh.devices.flat[0].platform
+    if mesh.size > 1 or device != "cpu":
+        reason = f"it needs one CPU device, the mesh has {mesh.size} of {device}"
+    else:
+        reason = fused_kernel.supports(cell.model, cell.data.length)
+    if reason and cell.train.replicas == "fused":
+        raise UserError(f"train.replicas 'fused' cannot run this cell: {reason}; use 'auto'")
+    return not reason
+
+
+def scoring_rows(cell: Cell) -> Batch:
+    """Zeros in the shape of a cell's scoring batch, for `compile_cell`: no data need be there."""
+    shape = cell.eval.batch, cell.data.length
+    whole, real = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    return Batch(tokens=whole, targets=whole, weights=real, segments=whole, positions=whole)
+
+
 def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> Program:
-    """Compiles a cell; `rows` is any scoring batch [B, T], for its shapes."""
+    """Compiles a cell, on any thread; `rows` is any scoring batch [B, T], for its shapes."""
     begin = time.monotonic()
     used = devices or jax.devices()
     mesh = make_mesh(cell.train.strategy, used, replicas=cell.train.replica_devices)
@@ -80,11 +129,16 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
     numbers = [jax.ShapeDtypeStruct((count,), t) for t in (np.uint32, np.float32, np.uint32)]
     one = jax.tree.map(_without_replicas, population.states.params)
     at_rest = jax.tree.map(lambda leaf: leaf.sharding, one)
+    scorer = jax.jit(make_scorer(Transformer(cell.model)))
+    cost = Cost(trace=time.monotonic() - begin)
     with jax.set_mesh(mesh):
-        init = population.init.lower(*numbers).compile(INIT_OPTIONS[used[0].platform])
-        run = population.run.lower(population.states, batches).compile()
-        scorer = jax.jit(make_scorer(Transformer(cell.model)))
-        score = scorer.lower(one, jax.tree.map(np.asarray, rows)).compile()
+        lowered_init = _lower(cost, population.init, *numbers)
+        lowered_run = _lower(cost, population.run, population.states, batches)
+        lowered_score = _lower(cost, scorer, one, jax.tree.map(np.asarray, rows))
+        with _one_process_at_a_time(lowered_run):
+            init = _compile(cost, lowered_init, INIT_OPTIONS[used[0].platform])
+            run = _compile(cost, lowered_run)
+            score = _compile(cost, lowered_score)
     return Program(
         population,
         init,
@@ -93,7 +147,61 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
         lambda params, batch: score(jax.device_put(params, at_rest), batch),
         mesh,
         time.monotonic() - begin,
+        cost,
     )
+
+
+def _lower(cost: Cost, function: Any, *args: Any) -> Any:
+    begin = time.monotonic()
+    traced = function.trace(*args)
+    cost.trace += time.monotonic() - begin
+    begin = time.monotonic()
+    lowered = traced.lower()
+    cost.lower += time.monotonic() - begin
+    return lowered
+
+
+def _compile(cost: Cost, lowered: Any, options: dict[str, Any] | None = None) -> Any:
+    begin, before = time.monotonic(), _seen.hits
+    compiled = lowered.compile(options)
+    cost.compile += time.monotonic() - begin
+    cost.programs += 1
+    cost.cached += _seen.hits - before
+    return compiled
+
+
+class _Seen(threading.local):
+    """Programs that this thread found in the persistent cache."""
+
+    hits = 0
+
+
+_seen = _Seen()
+
+
+def _count(event: str, **_: Any) -> None:
+    _seen.hits += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_count)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(lowered: Any) -> Iterator[None]:
+    """Holds back a program that another process is compiling until it is in the cache they share.
+
+    The lock is one of 256 files, by a hash of the program's text: two programs of one file wait for
+    each other without need. Where there is no cache, or no lock to be had in it, nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder := jax.config.jax_compilation_cache_dir:
+            name = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:2]
+            with contextlib.suppress(OSError):
+                locks = Path(folder) / "locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(locks / name, "a"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _without_replicas(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

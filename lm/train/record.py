@@ -29,7 +29,7 @@ type Answered = dict[tuple[str, str], Answers]
 class Clock:
     """Seconds spent, by kind, over all attempts."""
 
-    compile: float = 0.0
+    compile: float = 0.0  # waited for programs; they may have been made beside another cell
     train: float = 0.0
     eval: float = 0.0
     total: float = 0.0

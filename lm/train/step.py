@@ -67,7 +67,8 @@ def make_step(
         loss_of = jax.value_and_grad(
             lambda params: objective(model, params, batch, key), has_aux=True
         )
-        (loss, _), gradient = loss_of(state.params)
+        (_, metrics), gradient = loss_of(state.params)
+        loss = metrics.loss
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         scale = -state.learning_rate * rate((state.step + 1) * float(tokens_per_step))
         params = jax.tree.map(lambda p, u: p + (scale * u).astype(p.dtype), state.params, updates)
