@@ -149,13 +149,14 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 
 def local(
     f: Callable[..., jax.Array],
-    inputs: tuple[tuple[str | None, ...] | None, ...],
+    inputs: tuple[tuple[str | None, ...], ...],
     output: tuple[str | None, ...],
+    shape: tuple[int, ...],
 ) -> Callable[..., jax.Array]:
     """f on every device's own part of its arguments, for kernels that XLA cannot cut by itself.
 
-    `inputs` and `output` name the axes; an argument that is None has None for names. Without a mesh
-    of several devices it is f itself.
+    `inputs` and `output` name the axes of arguments (which may be None) and of the result, whose
+    shape is `shape`. Without a mesh of several devices it is f itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
@@ -163,10 +164,9 @@ def local(
 
     def cut(*args: jax.Array | None) -> jax.Array:
         specs = tuple(
-            None if x is None else _spec("activation", x.shape, names or (), IN_COMPUTE, mesh)
+            None if x is None else _spec("activation", x.shape, names, IN_COMPUTE, mesh)
             for x, names in zip(args, inputs, strict=True)
         )
-        shape = args[0].shape if args[0] is not None else ()
         out = _spec("activation", shape, output, IN_COMPUTE, mesh)
         return jax.shard_map(f, in_specs=specs, out_specs=out, check_vma=False)(*args)
 

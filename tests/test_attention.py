@@ -10,8 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.attention import Mask, attention, blockwise, choose, cpu, explain, reference
+from lm.attention import (
+    Mask,
+    attention,
+    blockwise,
+    choose,
+    cpu,
+    explain,
+    reference,
+    rotary_attention,
+)
+from lm.attention.rotary import rope_angles, rotate, split_heads
 from lm.config import UserError
+from lm.sharding import make_mesh
 
 
 def operands(B, T, S, N, K, H, dtype="float32"):
@@ -118,3 +129,55 @@ def test_misfits_are_sentences(shape, mask, words):
     with pytest.raises(UserError) as error:
         attention(q, k, v, mask)
     assert words in str(error.value)
+
+
+def rotary_case(B, T, K, G, H, dtype="float32"):
+    """A packed product, positions that restart, two documents and padding, an output gradient."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    qkv = jax.random.normal(keys[0], (B, T, K, G + 2, H)).astype(dtype)
+    dout = jax.random.normal(keys[1], (B, T, K * G, H)).astype(dtype)
+    segments = jnp.tile((jnp.arange(T) < T - T // 4) * (1 + (jnp.arange(T) > T // 3)), (B, 1))
+    positions = jnp.tile(jnp.arange(T) % (T // 3 + 1), (B, 1)) + jnp.arange(B)[:, None]
+    return qkv, rope_angles(positions, H, 1e4), Mask(True, q_segments=segments), dout
+
+
+def rotary_run(impl, qkv, angles, mask, dout):
+    out, pull = jax.vjp(lambda x: rotary_attention(x, angles, mask, impl=impl), qkv)
+    return out, pull(dout)[0]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("K, G, H", [(2, 3, 8), (1, 2, 20), (2, 1, 64)])
+def test_rotary_attention_is_attention_of_what_is_rotated(K, G, H, dtype, bound):
+    """Breaks if the kernel that rotates while it reads takes another head's rows, turns the wrong
+    way, or does not turn its gradients back.
+    """
+    case = rotary_case(2, 75, K, G, H, dtype)
+    if reason := cpu.supports(*[case[0]] * 3, case[2]):
+        pytest.skip(reason)
+    got = jax.jit(lambda *a: rotary_run("cpu", *a))(*case)
+    wide = jax.tree.map(lambda a: a.astype("float32") if a.dtype == dtype else a, case)
+
+    def split(qkv):
+        q, k, v = split_heads(qkv)
+        return attention(*(rotate(a, wide[1]) for a in (q, k)), v, wide[2], impl="reference")
+
+    out, pull = jax.vjp(split, wide[0])
+    for a, b in zip(got, (out, *pull(wide[3])), strict=True):
+        np.testing.assert_allclose(np.float32(a), b, atol=bound * float(abs(b).max()))
+
+
+def test_rotary_attention_of_replicas_and_devices():
+    """Breaks if replicas share angles or masks, or a device reads rows of another's heads."""
+    cases = [rotary_case(4, 21, 2, 2, 8), rotary_case(4, 21, 2, 2, 8)]
+    cases[1] = (2 * cases[1][0], *cases[1][1:])
+    want = [rotary_run("auto", *case) for case in cases]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *cases)
+    got = jax.jit(jax.vmap(lambda *a: rotary_run("auto", *a)))(*stacked)
+    for i in range(2):
+        for a, b in zip(got, want[i], strict=True):
+            np.testing.assert_array_equal(a[i], b)
+    with jax.set_mesh(make_mesh("fsdp_tp", jax.devices()[:8])):
+        cut = jax.jit(lambda *a: rotary_run("auto", *a))(*cases[0])
+    for a, b in zip(cut, want[0], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

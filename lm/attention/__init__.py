@@ -6,16 +6,18 @@ that fits; a backend asked for by name runs or raises. Nothing falls back in sil
 """
 
 from types import ModuleType
+from typing import Any
 
 import jax
 from jax import Array
 
 from lm.attention import blockwise, cpu, gpu, reference, splash, tpu
 from lm.attention.mask import Mask, check
+from lm.attention.rotary import rotate, split_heads
 from lm.config import UserError, nearest
 from lm.sharding import local
 
-__all__ = ["BACKENDS", "Mask", "attention", "choose", "explain"]
+__all__ = ["BACKENDS", "Mask", "attention", "choose", "explain", "rotary_attention"]
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -37,6 +39,11 @@ ORDER: dict[str, tuple[tuple[str, int | None], ...]] = {
 }
 
 
+# Names of the axes, for a mesh: heads, keys, and the arrays of a mask.
+HEADS, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+PARTS = (("batch", None), ("batch", None), ("batch",), ("batch",))
+
+
 def attention(
     q: Array, k: Array, v: Array, mask: Mask, *, scale: float | None = None, impl: str = "auto"
 ) -> Array:
@@ -55,15 +62,40 @@ def attention(
         whole = Mask(mask.causal, mask.window, *parts)
         return BACKENDS[name].attention(q, k, v, whole, scale=scale)
 
-    heads = ("batch", None, "heads", None)
-    keys = ("batch", None, "kv_heads", None)
-    rows, row = ("batch", None), ("batch",)
-    parts = mask.q_segments, mask.k_segments, mask.prefix, mask.lengths
-    names = (heads, keys, keys, rows, rows, row, row)
-    return local(kernel, names, heads)(q, k, v, *parts)
+    inputs = HEADS, KEYS, KEYS, *PARTS
+    return local(kernel, inputs, HEADS, q.shape)(q, k, v, *_parts(mask))
 
 
-def choose(q: Array, k: Array, v: Array, mask: Mask, impl: str = "auto") -> str:
+def rotary_attention(
+    qkv: Array, angles: tuple[Array, Array], mask: Mask, *, impl: str = "auto"
+) -> Array:
+    """Attention of what one product leaves, qkv [B, T, K, N/K + 2, H] (the queries of a kv head's
+    group, its key, its value), with queries and keys turned by angles [B, T, H/2] -> [B, T, N, H].
+
+    The CPU kernel does all of it in one pass over qkv.
+    """
+    B, T, K, group, H = qkv.shape
+    q, k = (jax.ShapeDtypeStruct((B, T, n, H), qkv.dtype) for n in (K * (group - 2), K))
+    check(q, k, k, mask)
+    if choose(q, k, k, mask, impl) != "cpu":
+        x, y, v = split_heads(qkv)
+        return attention(rotate(x, angles), rotate(y, angles), v, mask, impl=impl)
+
+    def kernel(qkv: Array, cos: Array, sin: Array, *parts: Array | None) -> Array:
+        whole = Mask(mask.causal, mask.window, *parts)
+        return cpu.packed(qkv, (cos, sin), whole, scale=H**-0.5)
+
+    packed, turns = ("batch", None, "kv_heads", None, None), ("batch", None, None)
+    return local(kernel, (packed, turns, turns, *PARTS), HEADS, q.shape)(
+        qkv, *angles, *_parts(mask)
+    )
+
+
+def _parts(mask: Mask) -> tuple[Array | None, ...]:
+    return mask.q_segments, mask.k_segments, mask.prefix, mask.lengths
+
+
+def choose(q: Any, k: Any, v: Any, mask: Mask, impl: str = "auto") -> str:
     """The name of the backend that would run on this platform; operands may be mere shapes."""
     if impl == "auto":
         return next(name for name, reason in _candidates(q, k, v, mask) if not reason)

@@ -13,6 +13,7 @@
 // HEAD_SIZE is a macro, so that every stride of the inner loops is known when this is compiled.
 
 #include <tuple>
+#include <vector>
 
 #include "simd.h"
 
@@ -126,11 +127,13 @@ INLINE void hide(F (&x)[MR][N], const Visible& see, const int* segments, int t, 
 
 // ---------------------------------------------------------------- rows in and out
 
-// Rows of one head in a [B, T, N, H] array.
+// Rows of one head in a larger array; with angles [T, H / 2] they are rotated when they are read,
+// element i with i + H / 2, and rotated back when they are written.
 struct Rows {
   char* data;
   long stride;  // elements between rows
   bool half;    // bfloat16, else float32
+  const float *cos = nullptr, *sin = nullptr;
   float* row(int t) const { return (float*)data + t * stride; }  // float32 only
   uint16_t* half_row(int t) const { return (uint16_t*)data + t * stride; }
 };
@@ -140,6 +143,14 @@ INLINE uint16_t to_half(float x) {
   std::memcpy(&u, &x, 4);
   if ((u & 0x7fffffff) > 0x7f800000) return (u >> 16) | 0x40;  // NaN stays NaN
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+INLINE void rotate(float* x, const float* cos, const float* sin, float sign) {
+  for (int h = 0; h < H / 2; h++) {
+    const float a = x[h], b = x[h + H / 2], c = cos[h], s = sign * sin[h];
+    x[h] = a * c - b * s;
+    x[h + H / 2] = b * c + a * s;
+  }
 }
 
 // out[i][h] = x[first + i][h] for i < n, then zeros up to `padded` rows.
@@ -154,6 +165,7 @@ INLINE void read(const Rows& x, int first, int n, int padded, float* out) {
     } else {
       std::memcpy(out, x.row(first + i), H * 4);
     }
+    if (x.cos) rotate(out, x.cos + (first + i) * (H / 2), x.sin + (first + i) * (H / 2), 1);
     for (int h = H; h < HP; h++) out[h] = 0;
   }
   std::memset(out, 0, (long)(padded - n) * HP * 4);
@@ -161,14 +173,21 @@ INLINE void read(const Rows& x, int first, int n, int padded, float* out) {
 
 // x[first + i][h] = in[i][h] * factor[i] for i < n; a null factor is 1.
 INLINE void write(const Rows& x, int first, int n, const float* in, const float* factor) {
+  alignas(64) float rotated[HP];
   for (int i = 0; i < n; i++, in += HP) {
     float f = factor ? factor[i] : 1.f;
+    const float* from = in;
+    if (x.cos) {
+      std::memcpy(rotated, in, sizeof rotated);
+      rotate(rotated, x.cos + (first + i) * (H / 2), x.sin + (first + i) * (H / 2), -1);
+      from = rotated;
+    }
     if (x.half) {
       uint16_t* p = x.half_row(first + i);
-      for (int h = 0; h < H; h++) p[h] = to_half(in[h] * f);
+      for (int h = 0; h < H; h++) p[h] = to_half(from[h] * f);
     } else {
       float* p = x.row(first + i);
-      for (int h = 0; h < H; h++) p[h] = in[h] * f;
+      for (int h = 0; h < H; h++) p[h] = from[h] * f;
     }
   }
 }
@@ -296,7 +315,7 @@ INLINE void visit(const Visible& see, int t, int nq, int s, int n, const Tile& t
 
 // Whether rows can be used where they lie, as a contiguous [S, HP] panel.
 INLINE bool is_panel(const Rows& x, int S) {
-  return !x.half && H == HP && x.stride == HP && S % MR == 0;
+  return !x.half && !x.cos && H == HP && x.stride == HP && S % MR == 0;
 }
 INLINE long padded(long n) { return (n + MR - 1) / MR * MR; }
 
@@ -305,7 +324,10 @@ struct Head {
   Rows q, k, v, o;
   float* lse;  // [T], in powers of two
 };
-INLINE Rows next(const Rows& x, int g) { return {x.data + g * H * (x.half ? 2 : 4), x.stride, x.half}; }
+INLINE Rows next(Rows x, int g) {
+  x.data += g * H * (x.half ? 2 : 4);
+  return x;
+}
 
 // The blocks of queries first, first + every.. of the heads of one group.
 static void forward(const Head& head, int group, const Visible& see, int S, float scale, int first,
@@ -327,7 +349,7 @@ static void forward(const Head& head, int group, const Visible& see, int S, floa
     for (int t = first * BQ; t < see.T; t += every * BQ) {
       const Rows q = next(head.q, g);
       const int n = std::min(BQ, see.T - t), nq = (n + L - 1) / L * L;
-      if (q.half || H != HP) {
+      if (q.half || q.cos || H != HP) {
         read(q, t, n, n, rows);
         turn(rows, HP, n, scale * LOG2E, turned);
       } else {
@@ -496,21 +518,17 @@ static void backward(const Gradient& of, int group, const Visible& see, int S, f
 using Array = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-// Shapes are [..., T, N, H] for queries and [..., S, K, H] for keys; all leading axes are the batch.
+// The sizes and the mask of a call; all leading axes are the batch.
 struct Call {
   int B, T, S, N, K;
   bool causal;
   int window;
   const int *q_segments, *k_segments, *prefix, *lengths;
 
-  Call(Array& q, Array& k, Array& qs, Array& ks, Array& prefix_, Array& lengths_, bool causal_,
-       int64_t window_)
-      : causal(causal_), window((int)window_) {
-    auto x = q.dimensions(), y = k.dimensions();
-    T = (int)x[x.size() - 3], N = (int)x[x.size() - 2];
-    S = (int)y[y.size() - 3], K = (int)y[y.size() - 2];
-    B = 1;
-    for (size_t i = 0; i + 3 < x.size(); i++) B *= (int)x[i];
+  Call(const std::vector<int64_t>& shape, Array& qs, Array& ks, Array& prefix_, Array& lengths_,
+       bool causal_, int64_t window_)
+      : B((int)shape[0]), T((int)shape[1]), S((int)shape[2]), N((int)shape[3]), K((int)shape[4]),
+        causal(causal_), window((int)window_) {
     auto ints = [](Array& a) {
       return a.element_count() ? static_cast<const int*>(a.untyped_data()) : nullptr;
     };
@@ -521,10 +539,46 @@ struct Call {
             q_segments ? q_segments + (long)b * T : nullptr,
             k_segments ? k_segments + (long)b * S : nullptr};
   }
-  static Rows rows(Array& a, int b, int length, int heads, int head) {
-    bool half = a.element_type() == ffi::BF16;
-    long at = ((long)b * length * heads + head) * H * (half ? 2 : 4);
-    return {static_cast<char*>(a.untyped_data()) + at, (long)heads * H, half};
+  int group() const { return N / K; }
+};
+
+// q [..., T, N, H] and k [..., S, K, H] -> B, T, S, N, K.
+std::vector<int64_t> shape_of(Array& q, Array& k) {
+  auto x = q.dimensions(), y = k.dimensions();
+  const size_t n = x.size();
+  const int64_t B = (int64_t)q.element_count() / (x[n - 3] * x[n - 2] * x[n - 1]);
+  return {B, x[n - 3], y[n - 3], x[n - 2], y[n - 2]};
+}
+// qkv [..., T, K, N / K + 2, H] -> the same.
+std::vector<int64_t> shape_of(Array& qkv) {
+  auto x = qkv.dimensions();
+  const size_t n = x.size();
+  const int64_t T = x[n - 4], K = x[n - 3], G = x[n - 2] - 2;
+  return {(int64_t)qkv.element_count() / (T * K * (G + 2) * H), T, T, K * G, K};
+}
+
+// Where the rows of each kv head, or of its group of heads, lie in an array; strides in elements.
+struct Operand {
+  Rows first;
+  long batch, head, angles = 0;
+  Operand(Array& a, long length, long heads, long group)
+      : first{(char*)a.untyped_data(), heads * group * H, a.element_type() == ffi::BF16},
+        batch(length * heads * group * H), head(group * H) {}
+  // The part from head `at` of a group on, rotated by angles if there are any.
+  Operand part(long at, Array* cos, Array* sin) const {
+    Operand x = *this;
+    x.first = next(x.first, (int)at);
+    if (cos) {
+      x.first.cos = (const float*)cos->untyped_data(), x.first.sin = (const float*)sin->untyped_data();
+      x.angles = batch / first.stride * (H / 2);
+    }
+    return x;
+  }
+  Rows at(int b, int kv) const {
+    Rows x = first;
+    x.data += (b * batch + kv * head) * (x.half ? 2 : 4);
+    if (x.cos) x.cos += b * angles, x.sin += b * angles;
+    return x;
   }
 };
 
@@ -532,34 +586,34 @@ double products(const Call& call, int count) {
   return (double)call.B * call.N * call.T * call.S * H * count * (call.causal ? 0.5 : 1);
 }
 
-ffi::Future Forward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q, Array k,
-                    Array v, Array qs, Array ks, Array prefix, Array lengths, Out o, Out lse) {
-  Call call(q, k, qs, ks, prefix, lengths, causal, window);
+ffi::Future forward_all(ffi::ThreadPool pool, float scale, Call call, Operand q, Operand k, Operand v,
+                        Out o, Out lse) {
   const int blocks = (call.T + BQ - 1) / BQ, groups = call.B * call.K;
   // Few heads are cut along the queries.
   const int parts = groups >= 2 * pool.num_threads() ? 1 : std::min(blocks, 8);
-  return run(pool, (int64_t)groups * parts, products(call, 2), [=](int64_t task) mutable {
-    const int part = (int)(task % parts), b = (int)(task / parts / call.K);
-    const int kv = (int)(task / parts % call.K), G = call.N / call.K;
-    const Head head = {
-        Call::rows(q, b, call.T, call.N, kv * G), Call::rows(k, b, call.S, call.K, kv),
-        Call::rows(v, b, call.S, call.K, kv), Call::rows(*o, b, call.T, call.N, kv * G),
-        (float*)lse->untyped_data() + ((long)b * call.N + kv * G) * call.T};
+  const Operand out(*o, call.T, call.K, call.group());
+  float* sums = (float*)lse->untyped_data();
+  return run(pool, (int64_t)groups * parts, products(call, 2), [=](int64_t task) {
+    const int part = (int)(task % parts), group = (int)(task / parts);
+    const int b = group / call.K, kv = group % call.K, G = call.group();
+    const Head head = {q.at(b, kv), k.at(b, kv), v.at(b, kv), out.at(b, kv),
+                       sums + ((long)b * call.N + kv * G) * call.T};
     forward(head, G, call.visible(b), call.S, scale, part, parts);
   });
 }
 
-ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q,
-                     Array k, Array v, Array qs, Array ks, Array prefix, Array lengths, Array o,
-                     Array lse, Array dout, Out dq, Out dk, Out dv) {
-  Call call(q, k, qs, ks, prefix, lengths, causal, window);
+ffi::Future backward_all(ffi::ThreadPool pool, float scale, Call call, Operand q, Operand k,
+                         Operand v, Array o, Array lse, Array dout, Operand dq, Operand dk,
+                         Operand dv) {
+  const Operand out(o, call.T, call.K, call.group()), grad(dout, call.T, call.K, call.group());
+  const float* saved = (const float*)lse.untyped_data();
   const int blocks = (call.T + BQ - 1) / BQ, groups = call.B * call.K;
   const long size = padded(call.S) * HP;
   // Too few heads for the threads are cut along the queries. Every part but the first then has its
   // own sums, which the part that ends last adds in a fixed order.
   const int threads = (int)pool.num_threads();
   const int parts = std::min(blocks, groups >= threads ? 1 : (threads + groups - 1) / groups);
-  const bool panel = is_panel(Call::rows(*dk, 0, call.S, call.K, 0), call.S);
+  const bool panel = is_panel(dk.first, call.S);
   struct Sums {
     std::unique_ptr<float[]> memory;
     std::unique_ptr<std::atomic<int>[]> done;
@@ -575,14 +629,11 @@ ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t win
   }
   return run(pool, (int64_t)groups * parts, products(call, 5), [=](int64_t task) mutable {
     const int part = (int)(task % parts), group = (int)(task / parts);
-    const int b = group / call.K, kv = group % call.K, G = call.N / call.K;
-    const Gradient head = {
-        {Call::rows(q, b, call.T, call.N, kv * G), Call::rows(k, b, call.S, call.K, kv),
-         Call::rows(v, b, call.S, call.K, kv), Call::rows(o, b, call.T, call.N, kv * G),
-         (float*)lse.untyped_data() + ((long)b * call.N + kv * G) * call.T},
-        Call::rows(dout, b, call.T, call.N, kv * G), Call::rows(*dq, b, call.T, call.N, kv * G)};
-    const Rows outk = Call::rows(*dk, b, call.S, call.K, kv);
-    const Rows outv = Call::rows(*dv, b, call.S, call.K, kv);
+    const int b = group / call.K, kv = group % call.K, G = call.group();
+    const Gradient head = {{q.at(b, kv), k.at(b, kv), v.at(b, kv), out.at(b, kv),
+                            const_cast<float*>(saved) + ((long)b * call.N + kv * G) * call.T},
+                           grad.at(b, kv), dq.at(b, kv)};
+    const Rows outk = dk.at(b, kv), outv = dv.at(b, kv);
     workspace.reserve(4 * size + 6L * HP * BQ + 2 * BKB * BQ + 512);
     auto place = [&](int i) -> std::pair<float*, float*> {
       if (panel && i == 0) return {outk.row(0), outv.row(0)};
@@ -607,13 +658,55 @@ ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t win
   });
 }
 
+ffi::Future Forward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q, Array k,
+                    Array v, Array qs, Array ks, Array prefix, Array lengths, Out o, Out lse) {
+  Call call(shape_of(q, k), qs, ks, prefix, lengths, causal, window);
+  const Operand keys(k, call.S, call.K, 1), values(v, call.S, call.K, 1);
+  return forward_all(pool, scale, call, {q, call.T, call.K, call.group()}, keys, values, o, lse);
+}
+
+ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q,
+                     Array k, Array v, Array qs, Array ks, Array prefix, Array lengths, Array o,
+                     Array lse, Array dout, Out dq, Out dk, Out dv) {
+  Call call(shape_of(q, k), qs, ks, prefix, lengths, causal, window);
+  const int T = call.T, S = call.S, K = call.K, G = call.group();
+  return backward_all(pool, scale, call, {q, T, K, G}, {k, S, K, 1}, {v, S, K, 1}, o, lse, dout,
+                      {*dq, T, K, G}, {*dk, S, K, 1}, {*dv, S, K, 1});
+}
+
+// Queries, keys and values as one product leaves them, rotated here.
+ffi::Future PackedForward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array qkv,
+                          Array cos, Array sin, Array qs, Array ks, Array prefix, Array lengths,
+                          Out o, Out lse) {
+  Call call(shape_of(qkv), qs, ks, prefix, lengths, causal, window);
+  const int G = call.group();
+  const Operand x(qkv, call.T, call.K, G + 2);
+  return forward_all(pool, scale, call, x.part(0, &cos, &sin), x.part(G, &cos, &sin),
+                     x.part(G + 1, nullptr, nullptr), o, lse);
+}
+
+ffi::Future PackedBackward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array qkv,
+                           Array cos, Array sin, Array qs, Array ks, Array prefix, Array lengths,
+                           Array o, Array lse, Array dout, Out dqkv) {
+  Call call(shape_of(qkv), qs, ks, prefix, lengths, causal, window);
+  const int G = call.group();
+  const Operand x(qkv, call.T, call.K, G + 2), y(*dqkv, call.T, call.K, G + 2);
+  return backward_all(pool, scale, call, x.part(0, &cos, &sin), x.part(G, &cos, &sin),
+                      x.part(G + 1, nullptr, nullptr), o, lse, dout, y.part(0, &cos, &sin),
+                      y.part(G, &cos, &sin), y.part(G + 1, nullptr, nullptr));
+}
+
 }  // namespace
 
 #define OPERANDS                                                                               \
   ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<bool>("causal")             \
       .Attr<int64_t>("window").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>() \
       .Arg<Array>().Arg<Array>()
+#define SAVED .Arg<Array>().Arg<Array>().Arg<Array>()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionForward, Forward, OPERANDS.Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionBackward, Backward,
-                              OPERANDS.Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>()
-                                  .Ret<Array>().Ret<Array>());
+                              OPERANDS SAVED.Ret<Array>().Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PackedAttentionForward, PackedForward,
+                              OPERANDS.Ret<Array>().Ret<Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PackedAttentionBackward, PackedBackward,
+                              OPERANDS SAVED.Ret<Array>());

@@ -58,11 +58,48 @@ def _backward(scale: float, saved: Any, dout: Array) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
+def packed(qkv: Array, angles: tuple[Array, Array], mask: Mask, *, scale: float) -> Array:
+    """`attention` of what `split_heads` and `rotate` make of qkv [B, T, K, N/K + 2, H], which the
+    kernel does while it reads -> [B, T, N, H]. The angles get no gradient.
+    """
+    return _packed(qkv, *angles, mask, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _packed(qkv: Array, cos: Array, sin: Array, mask: Mask, scale: float) -> Array:
+    return _packed_forward(qkv, cos, sin, mask, scale)[0]
+
+
+def _packed_forward(
+    qkv: Array, cos: Array, sin: Array, mask: Mask, scale: float
+) -> tuple[Array, Any]:
+    B, T, K, group, H = qkv.shape
+    N = K * (group - 2)
+    results = jax.ShapeDtypeStruct((B, T, N, H), qkv.dtype), jax.ShapeDtypeStruct((B, N, T), "f4")
+    operands = qkv, *(jnp.broadcast_to(a, (B, T, H // 2)) for a in (cos, sin)), *_arrays(mask, B)
+    out, lse = _call("packed_forward", H, results, mask, scale, *operands)
+    return out, (operands, mask, out, lse)
+
+
+def _packed_backward(scale: float, saved: Any, dout: Array) -> tuple:
+    operands, mask, out, lse = saved
+    qkv = operands[0]
+    results = (jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),)
+    operands = *operands, out, lse, dout.astype(qkv.dtype)
+    found = _call("packed_backward", qkv.shape[-1], results, mask, scale, *operands)
+    return found[0], None, None, None
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
+
+
 def _library(H: int) -> str:
     """ "" once the kernel of this head size is compiled and registered, or why it is not."""
     handlers = (
         ("AttentionForward", f"onset_attention_forward_{H}"),
         ("AttentionBackward", f"onset_attention_backward_{H}"),
+        ("PackedAttentionForward", f"onset_attention_packed_forward_{H}"),
+        ("PackedAttentionBackward", f"onset_attention_packed_backward_{H}"),
     )
     return native.library(SOURCE, handlers, (f"HEAD_SIZE={H}",))
 

@@ -12,6 +12,7 @@ or ask `visible` for a tile.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def visible(mask: Mask, t: Array, s: Array) -> Array:
     return seen
 
 
-def check(q: Array, k: Array, v: Array, mask: Mask) -> None:
+def check(q: Any, k: Any, v: Any, mask: Mask) -> None:
     """Refuse operands and masks that do not fit together, with a sentence."""
     (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
     if not k.shape == v.shape == (B, S, K, H):

@@ -122,9 +122,12 @@ def _own(bench: str) -> list[str]:
         modes = _modes()
         inside = [f"processes_{mode}" for mode in modes if mode != "sequential"]
         return [*modes, "processes", *inside]
-    from lm.attention import BACKENDS
+    import jax
 
-    return list(BACKENDS)
+    from lm.attention import ORDER
+
+    here = [name for name, _ in ORDER[jax.default_backend()]]
+    return [*dict.fromkeys(["reference", "blockwise", *here])]
 
 
 def _modes() -> list[str]:

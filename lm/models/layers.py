@@ -36,23 +36,6 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return (wide * inverse * scale).astype(x.dtype)
 
 
-def rope_angles(positions: Array, head_size: int, base: float) -> tuple[Array, Array]:
-    """Cosine and sine of positions [B, T] times the frequencies base^(-2i/H): two [B, T, H/2]."""
-    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
-    """Rotary position embedding of x [B, T, ..., H], element i paired with i + H/2.
-
-    Su et al. 2021, section 3.4.2. As a permutation product or a roll it was no faster.
-    """
-    cos, sin = (jnp.expand_dims(a, range(2, x.ndim - 1)) for a in angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def product(x: Array, w: Array) -> Array:
     """x [X, I] @ w [I, O] -> [X, O].
 

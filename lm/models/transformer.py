@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from lm.attention import BACKENDS, Mask, attention
+from lm.attention import BACKENDS, Mask, attention, rotary_attention
+from lm.attention.rotary import rope_angles, rotate, split_heads
 from lm.config import UserError, divides, nearest, positive, within
-from lm.models.layers import dropout, logits, parameter, product, rms_norm, rope_angles, rotate
+from lm.models.layers import dropout, logits, parameter, product, rms_norm
 from lm.sharding import constrain
 
 
@@ -143,13 +144,13 @@ class Block(nn.Module):
         w = _weight(self, "qkv", (D, K * (G + 2) * H), "embed", "heads")
         qkv = product(x.reshape(B * T, D), w)
         qkv = constrain(qkv.reshape(B, T, K, G + 2, H), ("batch", "seq", "kv_heads", None, "head"))
-        q, k, v = jnp.split(qkv, (G, G + 1), axis=3)
-        k, v = k[..., 0, :], v[..., 0, :]
         if c.qk_norm == "rms":
+            q, k, v = split_heads(qkv)
             q = rms_norm(q, _scale(self, "q_norm", H), c.norm_epsilon)
             k = rms_norm(k, _scale(self, "k_norm", H), c.norm_epsilon)
-        q = rotate(q, angles).reshape(B, T, K * G, H)
-        a = attention(q, rotate(k, angles), v, mask, impl=c.attention)
+            a = attention(rotate(q, angles), rotate(k, angles), v, mask, impl=c.attention)
+        else:
+            a = rotary_attention(qkv, angles, mask, impl=c.attention)
         out = _weight(self, "out", (K * G * H, D), "heads", "embed")
         return product(a.reshape(B * T, K * G * H), out).reshape(B, T, D)
 
