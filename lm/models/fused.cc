@@ -328,6 +328,7 @@ struct Weights {
   }
 };
 
+INLINE bool known(int i, int count) { return 0 <= i && i < count; }
 float frequency(const Shape& s, int i) { return std::pow(s.rope_base, -2.f * i / s.H); }
 
 struct Row {  // of a batch
@@ -364,16 +365,17 @@ static double run_row(const Shape& s, const Weights& w, const Layout& layout, co
   for (int t = 0; t < T; t++) {
     const int at = row.positions[t];
     for (int i = 0; i < H / 2; i++) {
-      const bool known = at >= 0 && at < T;
-      const float angle = known ? 0 : at * frequency(s, i);
-      cos[i * TP + t] = known ? w.cos[at * (H / 2) + i] : std::cos(angle);
-      sin[i * TP + t] = known ? w.sin[at * (H / 2) + i] : std::sin(angle);
+      const float angle = known(at, T) ? 0 : at * frequency(s, i);
+      cos[i * TP + t] = known(at, T) ? w.cos[at * (H / 2) + i] : std::cos(angle);
+      sin[i * TP + t] = known(at, T) ? w.sin[at * (H / 2) + i] : std::sin(angle);
     }
   }
-  auto token = [&](int t) { return std::clamp(row.tokens[t], 0, V - 1); };
+  // As `jnp.take`: a negative token counts from the end, one out of range is NaN.
+  auto token = [&](int t) { return row.tokens[t] + (row.tokens[t] < 0 ? V : 0); };
   std::memset(x, 0, sizeof(float) * D * TP);
   for (int t = 0; t < T; t++)
-    for (int d = 0; d < D; d++) x[d * TP + t] = w.at[EMBED][(long)token(t) * D + d];
+    for (int d = 0; d < D; d++)
+      x[d * TP + t] = known(token(t), V) ? w.at[EMBED][(long)token(t) * D + d] : NAN;
 
   for (int64_t l = 0; l < s.layers; l++) {
     Kept& k = kept[l];
@@ -415,16 +417,21 @@ static double run_row(const Shape& s, const Weights& w, const Layout& layout, co
     F top = splat(HIDDEN), sum = F{};
     for (int v = 0; v < V; v++) top = maximum(top, load<F>(z + v * TP + t));
     const float to2 = s.logit_scale * LOG2E;  // positive, so the largest product has the largest logit
+    // As in lm/objectives.py, a target out of range has the logit 0.
+    auto target = [&](int lane) {
+      const int v = row.targets[t + lane];
+      return known(v, V) ? z + (long)v * TP + t + lane : nullptr;
+    };
     for (int lane = 0; lane < L && t + lane < T; lane++) {
-      const float nat = z[std::clamp(row.targets[t + lane], 0, V - 1) * TP + t + lane];
-      loss -= (double)row.weights[t + lane] * s.logit_scale * (nat - top[lane]);
+      const float chosen = target(lane) ? *target(lane) : 0;
+      loss -= (double)row.weights[t + lane] * s.logit_scale * (chosen - top[lane]);
     }
     for (int v = 0; v < V; v++) {
       F e = exp2((load<F>(z + v * TP + t) - top) * to2);
       sum += e;
       store<F>(z + v * TP + t, e);
     }
-    F nats = log2(sum) * (1 / LOG2E), factor = F{};
+    F nats = sum > 0.f ? log2(sum) * (1 / LOG2E) : sum, factor = F{};  // NaN stays NaN
     for (int lane = 0; lane < L && t + lane < T; lane++) {
       loss += (double)row.weights[t + lane] * nats[lane];
       factor[lane] = row.weights[t + lane] * share * s.logit_scale;
@@ -432,7 +439,7 @@ static double run_row(const Shape& s, const Weights& w, const Layout& layout, co
     F divided = factor / sum;
     for (int v = 0; v < V; v++) store<F>(z + v * TP + t, load<F>(z + v * TP + t) * divided);
     for (int lane = 0; lane < L && t + lane < T; lane++)
-      z[std::clamp(row.targets[t + lane], 0, V - 1) * TP + t + lane] -= factor[lane];
+      if (target(lane)) *target(lane) -= factor[lane];
   }
 
   // The way back. dx is the gradient of the residual stream.
@@ -494,7 +501,8 @@ static double run_row(const Shape& s, const Weights& w, const Layout& layout, co
   }
   const long ld = up(D);
   for (int t = 0; t < T; t++)
-    for (int d = 0; d < D; d++) sums[layout.at[EMBED] + token(t) * ld + d] += dx[d * TP + t];
+    for (int d = 0; d < D && known(token(t), V); d++)
+      sums[layout.at[EMBED] + token(t) * ld + d] += dx[d * TP + t];
   return loss;
 }
 
@@ -584,7 +592,8 @@ ffi::Future LossAndGradient(ffi::ThreadPool pool, int64_t B, int64_t T, int64_t 
     std::unique_ptr<std::atomic<int64_t>[]> done;
   };
   auto sums = std::make_shared<Sums>();
-  sums->memory.reset(new float[R * parts * layout.total]);
+  sums->memory.reset(new (std::nothrow) float[R * parts * layout.total]);
+  if (!sums->memory) return failed(no_memory());
   sums->losses.reset(new double[R * parts]);
   sums->done.reset(new std::atomic<int64_t>[R]());
   return run(pool, R * parts, 1e9, [=](int64_t task) {

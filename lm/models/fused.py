@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_suffix(".cc")
 TARGET = "onset_fused_loss_and_gradient"
 LONGEST = 128  # tokens of a row
 WIDEST = 64
+LARGEST_VOCABULARY = 4096
 NAMES = ("embed", "head", "norm", "norm1", "qkv", "out", "norm2", "up", "gate", "down")
 
 
@@ -39,6 +40,9 @@ def supports(config: TransformerConfig, length: int) -> str:
         return f"rows of {length} tokens are longer than {LONGEST}"
     if config.width > WIDEST:
         return f"width {config.width} is above {WIDEST}, where products fill the cores anyway"
+    if config.vocab_size > LARGEST_VOCABULARY:
+        limit = f"above {LARGEST_VOCABULARY}, where logits and sums leave the cache"
+        return f"vocabulary of {config.vocab_size} is {limit}"
     return native.library(SOURCE, (("FusedLossAndGradient", TARGET),), ())
 
 

@@ -1,10 +1,12 @@
 """Our C++ kernels for CPUs: compiled for this machine on first use, called by XLA on its threads.
 
-A compiled kernel lies in a cache whose key covers the source, the compiler, its flags, XLA's
-headers and the processor, so that nothing stale or foreign is ever loaded. Where there is no C++
-compiler, `library` says so in a sentence, and the caller has another way.
+A compiled kernel lies in a cache whose key covers the source, the headers, the compiler, its flags
+and the processor, so that nothing stale or foreign is ever loaded; its name ends in the hash of its
+bytes, so that nothing damaged is. Where there is no C++ compiler, `library` says so in a sentence,
+and the caller has another way.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +19,8 @@ import threading
 from pathlib import Path
 
 import jax
+
+from lm.rundir import write_bytes
 
 HERE = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")  # the environment variable CXX comes first
@@ -48,7 +52,7 @@ def library(source: Path, handlers: tuple[tuple[str, str], ...], defines: tuple[
 @functools.cache
 def _library(source: Path, handlers: tuple[tuple[str, str], ...], defines: tuple[str, ...]) -> str:
     try:
-        loaded = ctypes.CDLL(str(build(source, defines)))
+        loaded = load(source, defines)
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(source, error)
     for symbol, target in handlers:
@@ -57,24 +61,39 @@ def _library(source: Path, handlers: tuple[tuple[str, str], ...], defines: tuple
     return ""
 
 
-def build(source: Path, defines: tuple[str, ...] = (), flags: tuple[str, ...] = FLAGS) -> Path:
-    """The shared library of a source file, from the cache or compiled into it (seconds).
+def load(source: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The shared library of a source file, from the cache or compiled (seconds) and put there.
 
     Raises OSError or SubprocessError if there is no compiler or it fails.
     """
     compiler = find_compiler()
-    options = [*flags, *(f"-D{name}" for name in defines)]
-    path = _cache() / f"{source.stem}-{_key(source, compiler, options)}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name first: several processes may compile it at once, none may load half.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *options, f"-I{HERE}", "-isystem", jax.ffi.include_dir()]
-            command += [str(source), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            made.replace(path)
-    return path
+    options = [*FLAGS, *(f"-D{name}" for name in defines)]
+    name = f"{source.stem}-{_key(source, compiler, options)}"
+    for path in sorted(_cache().glob(f"{name}-*.so")):
+        if _is_whole(path):
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(prefix="onset-") as folder:
+        made = Path(folder) / f"{name}.so"
+        command = [compiler, *options, f"-I{HERE}", "-isystem", jax.ffi.include_dir()]
+        command += [str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        path = _cache() / f"{name}-{_hash(made.read_bytes())}.so"
+        with contextlib.suppress(OSError):  # read-only or full: then for this process only
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, made.read_bytes())
+        return ctypes.CDLL(str(path if _is_whole(path) else made))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the bytes are those of the name; loading half a library may end the process."""
+    try:
+        return path.stem.endswith(_hash(path.read_bytes()))
+    except OSError:
+        return False
 
 
 def find_compiler() -> str:
@@ -94,20 +113,25 @@ def _reason(source: Path, error: Exception) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("ONSET_CACHE", "~/.cache/onset")).expanduser() / "kernels"
+    folder = os.path.expanduser(os.environ.get("ONSET_CACHE") or "~/.cache/onset")
+    # A user without a home has no cache: nothing can be made below this file.
+    return Path(os.devnull if folder.startswith("~") else folder) / "kernels"
 
 
 def _key(source: Path, compiler: str, options: list[str]) -> str:
-    headers = [*HERE.glob("*.h"), *Path(jax.ffi.include_dir()).glob("xla/ffi/api/*.h")]
+    headers = [*HERE.glob("*.h"), *source.parent.glob("*.h")]
+    headers += [*Path(jax.ffi.include_dir()).glob("xla/ffi/api/*.h")]
     texts = [path.read_text() for path in (source, *sorted(headers))]
     parts = *texts, _version(compiler), *options, _processor()
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return _hash("\0".join(parts).encode())
 
 
 @functools.cache
 def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
-    return done.stdout
+    command = [compiler, "--version"]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    ).stdout
 
 
 @functools.cache
