@@ -624,7 +624,8 @@ ffi::Future backward_all(ffi::ThreadPool pool, float scale, Call call, Operand q
   auto sums = std::make_shared<Sums>();
   const int own = parts > 1 ? parts - panel : 0;  // part 0 adds up in the output if it is a panel
   if (own > 0) {
-    sums->memory.reset(new float[2 * size * own * groups]);
+    sums->memory.reset(new (std::nothrow) float[2 * size * own * groups]);
+    if (!sums->memory) return failed(no_memory());
     sums->done.reset(new std::atomic<int>[groups]());
   }
   return run(pool, (int64_t)groups * parts, products(call, 5), [=](int64_t task) mutable {

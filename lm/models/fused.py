@@ -22,6 +22,8 @@ SOURCE = Path(__file__).with_suffix(".cc")
 TARGET = "onset_fused_loss_and_gradient"
 LONGEST = 128  # tokens of a row
 WIDEST = 64
+# Against XLA, 8 replicas of 16 rows of 64 tokens: at width 64 it is 1.7 times as fast with a
+# vocabulary of 512, 1.06 with 4,096, 0.8 with 8,192; at width 16 2.7, 2.7 and 1.7 times.
 LARGEST_VOCABULARY = 4096
 NAMES = ("embed", "head", "norm", "norm1", "qkv", "out", "norm2", "up", "gate", "down")
 
@@ -36,12 +38,14 @@ def supports(config: TransformerConfig, length: int) -> str:
         return f"dropout is {config.dropout}, not 0"
     if config.z_loss:
         return f"z_loss is {config.z_loss}, not 0"
+    if np.float32(config.norm_epsilon) == 0:
+        return f"norm_epsilon is {config.norm_epsilon}, which is 0 in float32"
     if length > LONGEST:
         return f"rows of {length} tokens are longer than {LONGEST}"
     if config.width > WIDEST:
         return f"width {config.width} is above {WIDEST}, where products fill the cores anyway"
     if config.vocab_size > LARGEST_VOCABULARY:
-        limit = f"above {LARGEST_VOCABULARY}, where logits and sums leave the cache"
+        limit = f"above {LARGEST_VOCABULARY}, where XLA's products are as fast"
         return f"vocabulary of {config.vocab_size} is {limit}"
     return native.library(SOURCE, (("FusedLossAndGradient", TARGET),), ())
 

@@ -31,6 +31,7 @@ constexpr int L = 8, MR = 4;  // 16 registers: 4 x 2 accumulators and their oper
 #else
 constexpr int L = 4, MR = 4;  // SSE, NEON
 #endif
+static_assert(L % MR == 0, "a row tile must not reach over two vectors of queries");
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
