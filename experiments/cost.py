@@ -8,10 +8,9 @@ from rich.table import Table
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import Cell, Point
 
-# One core of a 2025 server beside another worker (float32, rows of 32, the fused step), fitted to the
-# nine cells of the desk study, 800 to 62,000 parameters, evaluation included: within 13 % of each.
-# A token costs time for data and dispatch beside its FLOPs, and more of it the more layers there
-# are.
+# One core of a 2025 server beside another worker (float32, rows of 32, the fused step), fitted to
+# the nine cells of the desk study, 800 to 62,000 parameters, evaluation included: within 13 % of
+# each. A token costs time for data and dispatch beside its FLOPs, and more the more layers.
 FLOPS_PER_SECOND = 136e9
 SECONDS_PER_TOKEN = 0.05e-6
 SECONDS_PER_TOKEN_LAYER = 0.17e-6
