@@ -30,7 +30,7 @@ from experiments.study import Study, load, split_overrides, with_overrides
 from experiments.worker import LAUNCHER
 from launch import local
 from lm.config import UserError, diff, fingerprint, to_dict
-from lm.rundir import holder, lock, now, read_json, read_lines, write_json
+from lm.rundir import cache_folder, holder, lock, now, read_json, read_lines, write_json
 from lm.sizes import flops_per_sequence, parameters
 from lm.train import mixture
 from lm.train.cell import Cell, Point, build_point, cells
@@ -320,11 +320,12 @@ def _command(workdir: Path, workers: int) -> local.Command:
     if not pins.exists():
         per_worker = max(1, (os.cpu_count() or 1) // workers)
         write_json(pins, {"NPROC": os.environ.get("NPROC", str(per_worker))})
-    cache = Path(os.environ.get("ONSET_CACHE", "~/.cache/onset")).expanduser() / "xla"
     env = {
         "NPROC": read_json(pins)["NPROC"],
         LAUNCHER: str(os.getpid()),
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+            "JAX_COMPILATION_CACHE_DIR", str(cache_folder("xla"))
+        ),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

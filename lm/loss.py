@@ -8,7 +8,7 @@ With y = scale x table' the vocabulary is visited in chunks, once forward and on
 Only lse [X] is kept; the gradient recomputes y, four products instead of three. Its `dy` is rounded
 to the dtype of x before the two products, whose sums, like all statistics, are float32 or wider.
 With 2,048 rows, D 256 and V 50,000 on a CPU it takes no longer than the logits, which fall out of
-the cache, and 24 MiB of temporaries instead of 830; docs/attention.md has the figures.
+the cache, and 24 MiB of temporaries instead of 830; docs/speed.md has the figures.
 
 A vocabulary that is cut over S devices is chunked within each cut, with statistics of their own [X,
 S], so that these devices meet once at the end of a pass. Those that share the batch meet at every

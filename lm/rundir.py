@@ -241,6 +241,13 @@ def holder(path: AnyPath) -> dict[str, Any] | None:
     return None
 
 
+def cache_folder(name: str) -> Path:
+    """Where programs and kernels are kept between runs: below ONSET_CACHE or ~/.cache/onset."""
+    folder = os.path.expanduser(os.environ.get("ONSET_CACHE") or "~/.cache/onset")
+    # A user without a home has no cache: nothing can be made below this file.
+    return Path(os.devnull if folder.startswith("~") else folder) / name
+
+
 def now() -> str:
     """The time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

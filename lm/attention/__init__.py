@@ -31,13 +31,13 @@ BACKENDS: dict[str, ModuleType] = {
 KERNELS = ("cpu", "gpu", "tpu", "splash")
 
 # Per platform, in order: a backend, and the largest T*S for which `auto` takes it (None: any).
-# docs/attention.md has the measurements behind the limit of `cpu`; the others are not measured.
+# docs/attention.md has the measurements behind the order and the limit on a CPU; the other platforms
+# are not measured.
 ORDER: dict[str, tuple[tuple[str, int | None], ...]] = {
     "cpu": (("cpu", None), ("reference", 256 * 256), ("blockwise", None)),
     "gpu": (("gpu", None), ("reference", 256 * 256), ("blockwise", None)),
     "tpu": (("tpu", None), ("splash", None), ("reference", 256 * 256), ("blockwise", None)),
 }
-
 
 # Names of the axes, for a mesh: heads, keys, and the arrays of a mask.
 HEADS, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)

@@ -318,6 +318,13 @@ INLINE bool is_panel(const Rows& x, int S) {
   return !x.half && !x.cos && H == HP && x.stride == HP && S % MR == 0;
 }
 INLINE long padded(long n) { return (n + MR - 1) / MR * MR; }
+// All rows of keys or values as a panel: themselves, or a copy padded to whole tiles.
+INLINE const float* panel(const Rows& x, int S) {
+  if (is_panel(x, S)) return x.row(0);
+  float* copy = workspace.take(padded(S) * HP);
+  read(x, 0, S, padded(S), copy);
+  return copy;
+}
 
 // One head; the next of its group lies H elements further in every row.
 struct Head {
@@ -332,15 +339,8 @@ INLINE Rows next(Rows x, int g) {
 // The blocks of queries first, first + every.. of the heads of one group.
 static void forward(const Head& head, int group, const Visible& see, int S, float scale, int first,
                     int every) {
-  const bool panel = is_panel(head.k, S);
-  workspace.reserve((panel ? 0 : 2 * padded(S) * HP) + 3L * HP * BQ + BKF * BQ + 256);
-  const float *K = head.k.row(0), *V = head.v.row(0);
-  if (!panel) {
-    float *kp = workspace.take(padded(S) * HP), *vp = workspace.take(padded(S) * HP);
-    read(head.k, 0, S, padded(S), kp);
-    read(head.v, 0, S, padded(S), vp);
-    K = kp, V = vp;
-  }
+  workspace.reserve(2 * padded(S) * HP * !is_panel(head.k, S) + 3L * HP * BQ + BKF * BQ + 256);
+  const float *K = panel(head.k, S), *V = panel(head.v, S);
   float *turned = workspace.take(HP * BQ), *o = workspace.take(HP * BQ);
   float *rows = workspace.take(HP * BQ), *scores = workspace.take(BKF * BQ);
   alignas(64) float top[BQ], maxima[BQ], sums[BQ], alpha[BQ];
@@ -432,14 +432,7 @@ struct Gradient {
 static void backward(const Gradient& of, int group, const Visible& see, int S, float scale,
                      int first, int every, float* dk, float* dv) {
   const Head& head = of.head;
-  const bool panel = is_panel(head.k, S);
-  const float *K = head.k.row(0), *V = head.v.row(0);
-  if (!panel) {
-    float *kp = workspace.take(padded(S) * HP), *vp = workspace.take(padded(S) * HP);
-    read(head.k, 0, S, padded(S), kp);
-    read(head.v, 0, S, padded(S), vp);
-    K = kp, V = vp;
-  }
+  const float *K = panel(head.k, S), *V = panel(head.v, S);
   float *turned = workspace.take(HP * BQ), *dout_turned = workspace.take(HP * BQ);
   float *q = workspace.take(HP * BQ), *dout = workspace.take(HP * BQ);
   float *dq = workspace.take(HP * BQ), *rows = workspace.take(HP * BQ);

@@ -213,6 +213,21 @@ INLINE void pairs(const float* k, const float* q, int H, int c, int S, float* p)
     tile<TP, false, MR, 1>(k + s, TP, H, q + c, p + s * TP + c);
 }
 
+// out[h] (+)= sum over low <= s < high of x[h][s] square[s], in one column of tokens.
+template <int TP, bool ADD, int M>
+INLINE void mix_rows(const float* x, int low, int high, const float* square, float* out) {
+  F acc[M][1];
+  UNROLL for (int m = 0; m < M; m++) acc[m][0] = ADD ? load<F>(out + m * TP) : F{};
+  multiply<false, TP, TP>(acc, low, high, x, square);
+  UNROLL for (int m = 0; m < M; m++) store<F>(out + m * TP, acc[m][0]);
+}
+template <int TP, bool ADD>
+INLINE void mix(const float* x, int H, int low, int high, const float* square, float* out) {
+  int h = 0;
+  for (; h + MR <= H; h += MR) mix_rows<TP, ADD, MR>(x + h * TP, low, high, square, out + h * TP);
+  for (; h < H; h++) mix_rows<TP, ADD, 1>(x + h * TP, low, high, square, out + h * TP);
+}
+
 template <int TP>
 static void attend(const float* q, const float* k, const float* v, int H, const Tokens& tokens,
                    float* p, float* a) {
@@ -241,17 +256,7 @@ static void attend(const float* q, const float* k, const float* v, int H, const 
     }
     F share = sum > 0.5f ? 1.f / sum : F{};
     for (int s = 0; s < S; s++) store<F>(p + s * TP + c, load<F>(p + s * TP + c) * share);
-    int h = 0;
-    for (; h + MR <= H; h += MR) {
-      F acc[MR][1] = {};
-      multiply<false, TP, TP>(acc, 0, S, v + h * TP, p + c);
-      UNROLL for (int m = 0; m < MR; m++) store<F>(a + (h + m) * TP + c, acc[m][0]);
-    }
-    for (; h < H; h++) {
-      F acc[1][1] = {};
-      multiply<false, TP, TP>(acc, 0, S, v + h * TP, p + c);
-      store<F>(a + h * TP + c, acc[0][0]);
-    }
+    mix<TP, false>(v, H, 0, S, p + c, a + c);
   }
 }
 
@@ -272,17 +277,7 @@ static void attend_back(const float* q, const float* k, const float* v, const fl
       float* x = ds + s * TP + c;
       store<F>(x, load<F>(p + s * TP + c) * (load<F>(x) - delta) * scale);
     }
-    int h = 0;
-    for (; h + MR <= H; h += MR) {
-      F acc[MR][1] = {};
-      multiply<false, TP, TP>(acc, 0, S, k + h * TP, ds + c);
-      UNROLL for (int m = 0; m < MR; m++) store<F>(dq + (h + m) * TP + c, acc[m][0]);
-    }
-    for (; h < H; h++) {
-      F acc[1][1] = {};
-      multiply<false, TP, TP>(acc, 0, S, k + h * TP, ds + c);
-      store<F>(dq + h * TP + c, acc[0][0]);
-    }
+    mix<TP, false>(k, H, 0, S, ds + c, dq + c);
   }
   // Keys of column c are seen from tokens c on; above them the squares hold nothing.
   for (int c = 0; c < T; c += L) {
@@ -295,22 +290,8 @@ static void attend_back(const float* q, const float* k, const float* v, const fl
         transpose(r);
         UNROLL for (int i = 0; i < C; i++) store<F>(to + (t + i) * TP + c, r[i]);
       }
-    auto add = [&](const float* x, const float* square, float* out) {
-      int h = 0;
-      for (; h + MR <= H; h += MR) {
-        F acc[MR][1];
-        UNROLL for (int m = 0; m < MR; m++) acc[m][0] = load<F>(out + (h + m) * TP + c);
-        multiply<false, TP, TP>(acc, c, T, x + h * TP, square + c);
-        UNROLL for (int m = 0; m < MR; m++) store<F>(out + (h + m) * TP + c, acc[m][0]);
-      }
-      for (; h < H; h++) {
-        F acc[1][1] = {{load<F>(out + h * TP + c)}};
-        multiply<false, TP, TP>(acc, c, T, x + h * TP, square + c);
-        store<F>(out + h * TP + c, acc[0][0]);
-      }
-    };
-    add(q, turned_ds, dk);
-    add(da, turned_p, dv);
+    mix<TP, true>(q, H, c, T, turned_ds + c, dk + c);
+    mix<TP, true>(da, H, c, T, turned_p + c, dv + c);
   }
 }
 

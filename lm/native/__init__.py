@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 
-from lm.rundir import write_bytes
+from lm.rundir import cache_folder, write_bytes
 
 HERE = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")  # the environment variable CXX comes first
@@ -35,7 +35,6 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-
 
 _one_at_a_time = threading.Lock()  # a cell may be compiled beside the one that trains
 
@@ -69,7 +68,7 @@ def load(source: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     compiler = find_compiler()
     options = [*FLAGS, *(f"-D{name}" for name in defines)]
     name = f"{source.stem}-{_key(source, compiler, options)}"
-    for path in sorted(_cache().glob(f"{name}-*.so")):
+    for path in sorted(cache_folder("kernels").glob(f"{name}-*.so")):
         if _is_whole(path):
             return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory(prefix="onset-") as folder:
@@ -77,10 +76,11 @@ def load(source: Path, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
         command = [compiler, *options, f"-I{HERE}", "-isystem", jax.ffi.include_dir()]
         command += [str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        path = _cache() / f"{name}-{_hash(made.read_bytes())}.so"
+        data = made.read_bytes()
+        path = cache_folder("kernels") / f"{name}-{_hash(data)}.so"
         with contextlib.suppress(OSError):  # read-only or full: then for this process only
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, made.read_bytes())
+            write_bytes(path, data)
         return ctypes.CDLL(str(path if _is_whole(path) else made))
 
 
@@ -110,12 +110,6 @@ def _reason(source: Path, error: Exception) -> str:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
         return f"{error.cmd[0]} cannot compile {source.name}: {lines[0].strip()}"
     return str(error)
-
-
-def _cache() -> Path:
-    folder = os.path.expanduser(os.environ.get("ONSET_CACHE") or "~/.cache/onset")
-    # A user without a home has no cache: nothing can be made below this file.
-    return Path(os.devnull if folder.startswith("~") else folder) / "kernels"
 
 
 def _key(source: Path, compiler: str, options: list[str]) -> str:
