@@ -137,7 +137,8 @@ def rotary_case(B, T, K, G, H, dtype="float32"):
     qkv = jax.random.normal(keys[0], (B, T, K, G + 2, H)).astype(dtype)
     dout = jax.random.normal(keys[1], (B, T, K * G, H)).astype(dtype)
     segments = jnp.tile((jnp.arange(T) < T - T // 4) * (1 + (jnp.arange(T) > T // 3)), (B, 1))
-    positions = jnp.tile(jnp.arange(T) % (T // 3 + 1), (B, 1)) + jnp.arange(B)[:, None]
+    # Another spacing in each row: a shift would not be seen, rotation is relative.
+    positions = jnp.tile(jnp.arange(T) % (T // 3 + 1), (B, 1)) * (1 + jnp.arange(B)[:, None])
     return qkv, rope_angles(positions, H, 1e4), Mask(True, q_segments=segments), dout
 
 
