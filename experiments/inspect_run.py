@@ -243,8 +243,8 @@ def _replicas(rows: list[Any], result: dict[str, Any], point: str) -> list[dict[
 
 def _chance(rows: list[Any]) -> dict[str, float]:
     """The computed chance of every task and level, from the rows of exact match."""
-    scored = [row for row in rows if row["metric"] == "exact_match" and row["chance"] is not None]
-    return {f"{row['task']}.{row['level']}": row["chance"] for row in scored}
+    scored = [r for r in rows if r["metric"] == "exact_match" and r["chance"] is not None]
+    return {f"{r['task']}.{r['level']}": r["chance"] for r in scored if r["format"] == 0}
 
 
 def _read_or(path: Path, default: Any) -> Any:

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,12 +30,17 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study file after its overrides: `points` are dicts of dotted overrides with a `name`."""
+    """A study file after its overrides: `points` are dicts of dotted overrides with a `name`;
+    `plan` and `train` are None unless the file trains by itself.
+    """
 
     name: str
     docstring: str
     config: ConfigDict
     points: list[dict[str, Any]]
+    path: Path = Path()
+    plan: Callable[..., Any] | None = None
+    train: Callable[..., Any] | None = None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -53,7 +58,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     points = _call(path, module, "points", config)
     _check_points(path, config, points)
     docstring = (module.__doc__ or "").strip()
-    return Study(path.stem, docstring, config, [dict(point) for point in points])
+    own = [getattr(module, name, None) for name in ("plan", "train")]
+    if (own[0] is None) != (own[1] is None):
+        raise UserError(f"{path} has one of plan and train; a study that trains itself needs both")
+    return Study(path.stem, docstring, config, [dict(point) for point in points], path, *own)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -167,11 +175,12 @@ def _call(path: Path, module: ModuleType, name: str, *args: Any) -> Any:
 
 def _failure(path: Path, error: BaseException) -> UserError:
     """One sentence with the last line of the study file that was running."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    where = str(path.absolute())  # what the import system makes of a relative path
+    if isinstance(error, SyntaxError) and error.filename in (str(path), where):
         line = error.lineno
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [frame.lineno for frame in frames if frame.filename in (str(path), where)]
         line = lines[-1] if lines else None
     text = " ".join(str(error).replace("\\n", " ").split())  # AttributeError shows a repr
     what = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

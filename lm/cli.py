@@ -20,6 +20,12 @@ VERBS = {
     "explain": ("experiments.inspect_run:explain", "everything behind one point of a study"),
     "verify": ("experiments.inspect_run:verify", "check every checksum of a run directory"),
     "report": ("lm.emergence.report:main", "analyse a run directory and write its page"),
+    "predict": (
+        "lm.emergence.predict:main",
+        "freeze what larger sizes will do, and score it later",
+    ),
+    "published": ("lm.emergence.published:main", "recompute the numbers of published curves"),
+    "tasks": ("lm.tasks.catalogue:main", "list the abilities, or everything about one"),
     "tokenizer": ("lm.data.tokenizer:main", "train a tokenizer, or show one"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }

@@ -1,5 +1,6 @@
 """Teacher-forced scores against a NumPy softmax, real greedy decoding, and text counted by hand."""
 
+import dataclasses
 import math
 from functools import cache
 
@@ -14,7 +15,7 @@ from lm.data.loader import Batch, read_rows, read_target_bytes
 from lm.data.prepare import BOS, EOS, Document, document, pack
 from lm.emergence import metrics
 from lm.eval.perplexity import text_metrics
-from lm.eval.score import make_scorer
+from lm.eval.score import CHOICES, Asked, make_scorer, nothing_asked
 from lm.eval.suite import evaluate, make_test_set
 from lm.models import Transformer, TransformerConfig, initialise
 
@@ -52,7 +53,7 @@ def decoded():
     return rows[:, -ANSWER:]
 
 
-def answers_of(targets, length):
+def answers_of(targets, length, choices=()):
     """What `evaluate` says of items with these targets, in rows of `length` tokens."""
     weight = np.float16([0] * (1 + PROMPT) + [1] * ANSWER + [0])
     docs = [
@@ -60,24 +61,32 @@ def answers_of(targets, length):
         for p, t in zip(prompts(), targets, strict=True)
     ]
     text = pack([document(np.arange(4, 20), 1.0, np.arange(16))] * 9, "stream", length)
-    packs = {("a", "1"): pack(docs, "fit", length), ("A", "1"): pack(docs[:3], "fit", length)}
+    listed = dataclasses.replace(pack(docs, "fit", length), about={"choices": choices})
+    packs = {("a", "1", 0): listed, ("A", "1", 0): pack(docs[:3], "fit", length)}
     test = make_test_set(packs, text, 5, 4)
-    found, scores = evaluate(lambda p, b: scorer()(p, b), params(), test)
+    found, scores = evaluate(scorer(), params(), test)
     chosen = read_rows(text, np.arange(5) * text.rows // 5)
     # As many rows as in a batch of the test set, so that the program is the same.
-    want = [scorer()(params(), Batch(*(a[[i] * 4] for a in chosen))).logprob[0] for i in range(5)]
+    want = [
+        scorer()(params(), Batch(*(a[[i] * 4] for a in chosen)), nothing_asked(4, length)).logprob[
+            0
+        ]
+        for i in range(5)
+    ]
     np.testing.assert_array_equal(scores.logprob, want)
     assert (
         test.text_bytes.tolist() == read_target_bytes(text, np.arange(5) * text.rows // 5).tolist()
     )
-    return found["a", "1"]
+    return found["a", "1", 0]
 
 
 def test_scores_are_those_of_a_numpy_softmax():
     """Catches scores of the wrong place or token, in bits, or of probabilities not squared."""
     packed = pack([document(p) for p in prompts()], "fit", 16)
     rows = read_rows(packed, np.arange(4))
-    found = scorer()(params(), rows)
+    rng = np.random.default_rng(0)
+    place, ids = rng.integers(0, 16, (4, 4)), rng.integers(0, MODEL.vocab_size, (4, 4, CHOICES))
+    found = scorer()(params(), rows, Asked(np.int32(place), np.int32(ids)))
     logits = Transformer(MODEL).apply(
         {"params": params()}, *(jnp.asarray(rows[i]) for i in (0, 3, 4))
     )
@@ -88,6 +97,9 @@ def test_scores_are_those_of_a_numpy_softmax():
     np.testing.assert_allclose(found.logprob, np.log(chosen), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.greedy, logits.argmax(-1))
     np.testing.assert_allclose(found.square, (p**2).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(found.highest, np.log(p.max(-1)), rtol=1e-4, atol=1e-5)
+    asked = np.log(p[np.arange(4)[:, None, None], place[..., None], ids])
+    np.testing.assert_allclose(found.choices, asked, rtol=1e-4, atol=1e-4)
     assert found.greedy.dtype == np.int32 and found.logprob.shape == rows.tokens.shape
 
 
@@ -105,6 +117,21 @@ def test_exact_match_is_greedy_decoding():
     np.testing.assert_array_equal(found.target, targets)
     np.testing.assert_array_equal((found.greedy == targets).all(1), wanted)
     assert metrics.score(found)["exact_match"].value == 0.5
+    # Decoded from the prompt, whatever the targets were.
+    np.testing.assert_array_equal(found.decoded, right)
+    assert not (found.greedy == right).all()
+
+
+def test_choices_are_scored_where_the_answer_begins():
+    """Catches choices of another item or place, and choices of items that have fewer."""
+    targets = decoded()
+    listed = [[int(t[0]), *range(5 + i % 2, 7)] for i, t in enumerate(targets)]
+    found = answers_of(targets, 32, listed)
+    np.testing.assert_allclose(found.choices[:, 0], found.logprob[:, 0], rtol=1e-4, atol=1e-5)
+    assert found.choices.shape == (ITEMS, 3)
+    assert (found.choices[1::2, 2] == -np.inf).all() and (found.choices[::2] > -50).all()
+    alone = answers_of(targets, PROMPT + ANSWER + 1, listed)
+    np.testing.assert_allclose(found.choices, alone.choices, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_items_score_as_items_alone():
@@ -125,8 +152,8 @@ def test_answers_of_unlike_lengths_are_padded():
     sizes = [1, 3, 2]
     docs = [Document(np.arange(4, 4 + 4 + n), np.float16([0] * 4 + [1] * n)) for n in sizes]
     text = pack([document(np.arange(4, 20))], "stream", 10)
-    test = make_test_set({("a", "1"): pack(docs, "fit", 10)}, text, 1, 2)
-    items = test.items["a", "1"]
+    test = make_test_set({("a", "1", 0): pack(docs, "fit", 10)}, text, 1, 2)
+    items = test.items["a", "1", 0]
     assert items.target.tolist() == [[8, -1, -1], [8, 9, 10], [8, 9, -1]]
     tokens = test.batches.targets.reshape(-1)
     assert (tokens[items.at[items.at >= 0]] == items.target[items.target >= 0]).all()

@@ -27,7 +27,7 @@ ENVIRONMENT = {
 def row(point: str, replica: int, value: float, **more: object) -> dict:
     size = {"layers": 2, "width": 16, "params": 6000, "params_total": 7000}
     seeds = {name: 10 * replica + i for i, name in enumerate(inspect_run.SEEDS)}
-    what = {"task": "recall", "level": "5", "metric": "exact_match"}
+    what = {"task": "recall", "level": "5", "format": 0, "metric": "exact_match"}
     return {
         **{"study": "where", "cell": "cell-1", "point": point, "replica": replica},
         **{"role": "ladder", **size, **seeds, "learning_rate": 0.01 * (replica + 1)},
@@ -248,7 +248,7 @@ def test_verify_reports_a_replay_with_other_bits(workdir, capsys):
     with table.RowWriter(workdir / "cell-1" / "rows.jsonl") as rows:
         rows.append([row("a", 0, math.nextafter(0.0, 1.0), attempt=2)])
     code, found = run(capsys, inspect_run.verify, workdir)
-    assert code == 1 and "a/0/100/recall/5/exact_match" in found["problems"][0]
+    assert code == 1 and "a/0/100/recall/5/0/exact_match" in found["problems"][0]
 
 
 def test_verify_ignores_a_torn_tail_because_the_next_run_drops_it(workdir, capsys):

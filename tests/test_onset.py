@@ -5,54 +5,21 @@ import pandas as pd
 import pytest
 from scipy import special, stats
 
-from lm.emergence import fits, onset
+from lm.config import UserError
+from lm.emergence import fits, locate, onset, planted, shapes
 
 SIZES = [400, 784, 1200, 1568, 6208, 24704, 55000]
 
 
 def table(task, exact, nll=None, chance=0.25, n=1000):
     """Final rows of a ladder from {params: [one value per seed]}."""
-    rows = []
-    for params, values in exact.items():
-        for replica, value in enumerate(values):
-            row = {
-                **{"point": f"p{params}", "replica": replica, "role": "ladder", "params": params},
-                **{"step": 100, "task": task, "level": "1", "status": "ok", "stderr": 0.01, "n": n},
-            }
-            rows.append(row | {"metric": "exact_match", "value": value, "chance": chance})
-            if nll is not None:
-                value = nll[params][replica]
-                rows.append(row | {"metric": "nll", "value": value, "chance": np.nan})
-    return pd.DataFrame(rows)
+    metrics = {"exact_match": exact} | ({"nll": nll} if nll is not None else {})
+    return planted.table(metrics, chance=chance, n=n, task=task)
 
 
-def planted(kind, seed, sizes=9, seeds=5, n=1000, chance=0.25, bimodal=False):
-    """A synthetic ladder over 3 decades: (rows, true onset in parameters or NaN)."""
-    rng = np.random.default_rng(seed)
-    x = np.linspace(2.6, 5.6, sizes)
-    x50 = rng.uniform(x[3] + 0.1, x[-2] - 0.2)
-    share = (x - x[0]) / (x[-1] - x[0])
-    step = fits.logistic(np.array([[x50, np.log10(0.4)]]), x)[0]
-    loss_step = fits.logistic(np.array([[x50, np.log10(0.4)]]), x)[0]
-    p, loss = {
-        "emergent": (chance + 0.7 * step, 2 - 1.8 * loss_step),
-        "metric-induced": (chance + 0.7 * step, 2.2 - 1.6 * share),
-        "smooth": (chance + 0.02 + 0.6 * share, 2 - 1.5 * share),
-        "late smooth": (chance + 0.7 * 10 ** (0.9 * (x - x[-1])), 2 * 10 ** (-0.4 * (x - x[0]))),
-        "wide": (chance + 0.7 / (1 + 9 ** (-2 * (x - x50) / 2)), 2 - 1.5 * share),
-        "flat": (chance + 0 * x, 1.5 - 0.1 * share),
-        "inverse": (chance + 0.5 - 0.45 * share, 1.5 + 0.8 * share),
-    }[kind]
-    exact, nll = {}, {}
-    for size, mean, level, part in zip(np.round(10**x).astype(int), p, loss, step, strict=True):
-        through = rng.uniform(size=seeds) < part
-        if bimodal:
-            mean, level = np.where(through, chance + 0.7, chance), np.where(through, 0.2, 2.0)
-        scatter = rng.normal(0, 0.01, seeds) if kind != "flat" else 0
-        exact[size] = rng.binomial(n, np.clip(mean + scatter, 0.001, 0.999), seeds) / n
-        nll[size] = level + rng.normal(0, 0.02, seeds)
-    known = kind in ("emergent", "metric-induced")
-    return table(kind, exact, nll, chance, n), 10**x50 if known else np.nan
+def small(kind, seed, **more):
+    """A planted ladder of the least size that still carries a verdict."""
+    return planted.plant(kind, seed, **({"sizes": 9, "seeds": 4} | more))
 
 
 def recall(n=1000):
@@ -127,36 +94,141 @@ def test_a_rise_in_the_last_step_alone_is_undetermined():
     assert onset.judge(table("addition", exact, nll, chance=0.01)).verdict == "undetermined"
 
 
-@pytest.mark.parametrize("kind", ["emergent", "metric-induced", "smooth", "flat", "inverse"])
-def test_what_was_planted_is_found(kind):
-    """Fails if any branch of the definition is lost (3 tables each)."""
-    found = [onset.judge(planted(kind, seed, seeds=4)[0]).verdict for seed in range(3)]
-    assert found == [kind] * 3
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        *[("sharp", "emergent"), ("mirage", "metric-induced"), ("induced", "metric-induced")],
+        *[("line", "smooth"), ("flat", "flat"), ("inverse", "inverse")],
+    ],
+)
+def test_what_was_planted_is_found(kind, expected):
+    """Catches the loss of any branch of the definition (2 tables each)."""
+    assert [onset.judge(small(kind, seed).rows).verdict for seed in (3, 4)] == [expected] * 2
 
 
-@pytest.mark.parametrize("kind", ["smooth", "late smooth", "wide", "flat"])
+@pytest.mark.parametrize("kind", ["smooth", "line", "power", "flat"])
 def test_nulls_are_not_called_emergent(kind):
-    """Fails if sharpness is read off the best curve without its rivals (4 tables each)."""
-    found = [onset.judge(planted(kind, seed, sizes=7, seeds=3)[0]).verdict for seed in range(4)]
+    """Catches sharpness that is read off the best curve without its rivals (2 tables each)."""
+    found = [onset.judge(small(kind, seed, sizes=7, seeds=3).rows).verdict for seed in range(2)]
     assert not {"emergent", "metric-induced"} & set(found)
 
 
-@pytest.mark.parametrize("bimodal", [False, True])
-def test_intervals_cover_planted_onsets(bimodal):
-    """Fails if the interval is narrower than its grid, or ignores the gap between sizes."""
+@pytest.mark.parametrize("split", [False, True])
+def test_intervals_cover_planted_onsets(split):
+    """Catches an interval that is narrower than its grid, or ignores the gap between sizes."""
     covered = 0
-    for seed in range(5):
-        rows, truth = planted("emergent", seed, bimodal=bimodal)
-        verdict = onset.judge(rows)
-        covered += verdict.ci95.low <= truth <= verdict.ci95.high
-    assert covered >= 4
+    for seed in range(3):
+        plant = small("sharp", seed, split=split)
+        shape = onset.describe(onset.rate_curve(exact(plant), 0.25), "exact_match", 1)
+        covered += shape.onset_ci.low <= plant.onset <= shape.onset_ci.high
+    assert covered >= 2
+
+
+def exact(plant):
+    return plant.rows[plant.rows["metric"] == "exact_match"]
+
+
+def test_a_step_is_found_and_its_onset_fills_the_gap():
+    """Catches a step that is not a candidate, and an interval that is sure of a place in a gap
+    where nothing was measured.
+    """
+    levels = [0.25] * 4 + [0.9] * 3
+    shape = onset.judge(table("t", near(levels), near([2.0] * 4 + [0.2] * 3))).exact
+    assert shape.best == "step" and shape.word == "sharp"
+    assert shape.onset_ci.low < 1568.1 and shape.onset_ci.high > 6207.9
+    assert shape.onset_ci.low > 1300 and shape.onset_ci.high < 7500
+    assert shape.onset == pytest.approx((1568 * 6208) ** 0.5, rel=1e-6)
+
+
+def test_a_broken_power_law_is_a_wide_curve():
+    """Catches a wide set without it: growth from chance that slows down, which logistics and hinges
+    of a decade fit badly.
+    """
+    x = np.linspace(2.6, 5.6, 10)
+    climb = np.where(x < 4.0, 0.9 * (x - 4.0), 0.05 * (x - 4.0))
+    p = 0.02 + 0.7 * 10 ** (climb - climb[-1])
+    rng = np.random.default_rng(0)
+    rate = {round(10**at): rng.binomial(1000, m, 6) / 1000 for at, m in zip(x, p, strict=True)}
+    curve = onset.rate_curve(table("t", rate, chance=0.02), 0.02)
+    best = fits.fit_all(curve)[0]
+    assert (best.name, best.sharp) == ("broken power", False)
+    assert fits.mean_at(curve, best, x) == pytest.approx(p, abs=0.02)
+
+
+def test_every_parameter_is_paid_for():
+    """Catches an AICc that counts a fixed end or noise, or forgets the gap of a step."""
+    rows = table("t", near([0.25, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7]))
+    rate = onset.rate_curve(rows, 0.25)
+    loss = fits.Curve("continuous", *onset._arrays(rows))
+    paid = [{f.name: f.k for f in fits.fit_all(curve)} for curve in (rate, loss)]
+    names = ["constant", "line", "power", "logistic", "hinge", "step", "broken power"]
+    assert [paid[0][name] for name in names] == [2, 4, 4, 5, 5, 3, 6]
+    assert [paid[1][name] for name in names] == [2, 4, 5, 6, 6, 4, 7]
+
+
+@pytest.mark.parametrize("kind", ["rate", "continuous"])
+def test_wide_power_laws_take_a_decade(kind):
+    """Catches a power law, broken or not, that can be as steep as a sharp curve."""
+    sizes = np.linspace(2.6, 5.6, 8)
+    curve = fits.Curve(kind, sizes, sizes, sizes)
+    x = np.linspace(2.6, 5.6, 3001)
+    for candidate in shapes.candidates(curve):
+        if candidate.name not in ("power", "broken power"):
+            continue
+        low, high = np.array(candidate.box).T
+        steepest = np.where(high < 1, high, 0.5 * (low + high))
+        u = candidate.position(steepest[None], x)[0]
+        assert u[-1] == pytest.approx(1) and (np.diff(u) >= 0).all()
+        width = x[np.searchsorted(u, 0.9)] - x[np.searchsorted(u, 0.1)]
+        assert width > 0.95, candidate.name
+
+
+@pytest.mark.parametrize("kind", ["rate", "continuous"])
+def test_resampled_likelihoods_are_those_of_the_seeds(kind):
+    """Catches moments of a size, or a shortcut past the hopeless, that give another sum."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(np.linspace(3, 5, 5), 4)
+    curve = fits.Curve(kind, x, rng.integers(0, 51, 20) / 50, np.full(20, 50.0))
+    mean, u = rng.uniform(0.1, 0.9, (7, 5)), rng.uniform(0, 1, (7, 5))
+    noise = np.array([[-3.0, -1.0]]) if kind == "rate" else np.array([[0.3, 0.5]])
+    counts = np.vstack([np.ones(20), locate.resample(x, 6, 0)])
+    each = fits.loglik_rate if kind == "rate" else fits.loglik_normal
+    wanted = each(curve, mean, u, noise) @ counts.T
+    got = fits.resampled(curve, mean, u, noise, counts)
+    near_best = wanted[:, 0] > wanted[:, 0].max() - 5
+    assert near_best.any()
+    assert got[near_best] == pytest.approx(wanted[near_best], rel=1e-9)
+    left_off = ~np.isfinite(got)
+    assert (wanted[left_off] < wanted.max(0)[np.nonzero(left_off)[1]] - 20).all()
+
+
+def test_a_left_out_size_is_predicted_from_the_others():
+    """Catches a log score that has seen the size it predicts: a constant's is known exactly."""
+    rows = small("flat", 0, sizes=6).rows.query("metric == 'nll'")
+    x, y, n = onset._arrays(rows)
+    curve = fits.Curve("continuous", x, y, n)
+    constant = [fit for fit in fits.fit_all(curve) if fit.name == "constant"]
+    (score,) = fits.leave_one_size_out(curve, constant).values()
+    wanted = sum(
+        stats.norm.logpdf(y[x == s], y[x != s].mean(), y[x != s].std()).sum() for s in curve.sizes
+    )
+    assert score == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_true_curve_predicts_best():
+    """Catches scores that are mixed up between candidates, or refits that wander off."""
+    curve = onset.rate_curve(exact(small("line", 1)), 0.25)
+    scores = fits.leave_one_size_out(curve, best=9)
+    assert list(scores)[0] == "line" and scores["line"] > max(scores.values()) - 2
+    assert scores["line"] > scores["logistic"] + 10 > scores["step"] + 20
 
 
 def test_controls_and_diverged_replicas_are_not_fitted():
     """Fails if a control, or a replica that diverged after this evaluation, moves the verdict."""
     rows = recall().assign(tokens=0)
     control = rows[rows["params"] == 6208].assign(role="control", point="odd", value=0.2)
-    broken = rows[rows["params"] == 55000].assign(replica=9, value=0.2)
+    broken = rows[rows["params"] == 55000].assign(value=0.2)
+    broken["replica"] += 9
     last_word = broken.assign(task="train", metric="loss", value=np.nan, status="diverged")
     (verdict,) = onset.verdicts(pd.concat([rows, control, broken, last_word]))
     (alone,) = onset.verdicts(rows)
@@ -186,7 +258,7 @@ def test_only_the_last_evaluation_counts():
         (table("t", near([0.25] * 7), chance=np.nan), "chance was not recorded"),
         (table("t", {p: [float(p > 2000)] * 3 for p in SIZES}, n=1), "too few items"),
         (table("t", near([0.25, 0.26, 0.9, 0.25, 0.9, 0.25, 0.26])), "in no order"),
-        (table("t", {p: [np.nan] for p in SIZES}), "0 sizes finished"),
+        (table("t", near([0.25] * 7)).assign(value=np.nan), "0 sizes finished"),
     ],
 )
 def test_too_little_is_undetermined_and_says_why(rows, said):
@@ -201,6 +273,50 @@ def test_equal_values_are_flat(value):
     """Fails on a division by a range of zero. All ones is above chance everywhere, and flat."""
     same = table("t", {p: [value] * 3 for p in SIZES}, {p: [1.5] * 3 for p in SIZES})
     assert onset.judge(same).verdict == "flat"
+
+
+@pytest.mark.parametrize(
+    ("chance", "verdict", "said"),
+    [(0.0, "emergent", "within a decade"), (1.0, "undetermined", "already scores 1")],
+)
+def test_a_chance_of_0_or_1_is_defined(chance, verdict, said):
+    """Catches a logarithm of 0, and a test that no score could pass taken for a null."""
+    rate = near([0.0, 0.0, 0.0, 0.0, 0.9, 1.0, 1.0], scatter=0.0)
+    found = onset.judge(table("t", rate, near([2.0] * 4 + [0.2] * 3), chance))
+    assert found.verdict == verdict and said in found.reason
+
+
+def test_rows_that_are_there_twice_count_once():
+    """Catches duplicated rows taken for seeds, which would narrow every interval."""
+    rows = recall().query("params < 2000")  # too few sizes for a verdict: p and counts are asked
+    (twice,), (once,) = onset.verdicts(pd.concat([rows, rows])), onset.verdicts(rows)
+    assert repr(twice) == repr(once)
+
+
+def test_other_prompt_formats_have_no_say():
+    """Catches a second format of the prompt taken for more seeds of the first."""
+    rows = recall().query("params < 2000")
+    (both,) = onset.verdicts(pd.concat([rows, rows.assign(format=1, value=0.2)]))
+    assert repr(both) == repr(onset.verdicts(rows)[0])
+
+
+def test_p_is_corrected_for_every_size_of_every_task():
+    """Catches a p of one task alone: an unlucky one of many flat tasks is no ability."""
+    short = [400, 1568, 24704, 55000]  # too few for a verdict: only p is asked for
+    lucky = table("lucky", {p: [0.26] * 3 for p in short} | {24704: [0.282, 0.28, 0.282]})
+    flat = [table(f"flat{i}", {p: [0.25] * 3 for p in short}) for i in range(5)]
+    sure = table("sure", {p: [0.25 + 0.7 * (p > 2000)] * 3 for p in short})
+    alone = onset.verdicts(lucky)[0]
+    found = {v.task: v for v in onset.verdicts(pd.concat([lucky, sure, *flat]))}
+    assert alone.p_holm < 0.001 and found["lucky"].p_holm > 5 * alone.p_holm
+    assert found["sure"].p_holm < 1e-12 and found["flat0"].p_holm == 1
+    assert found["lucky"].p_bh < 0.05 < found["flat0"].p_bh < 1
+
+
+def test_rows_without_exact_match_are_the_users_mistake():
+    """Catches a traceback where a sentence is due."""
+    with pytest.raises(UserError, match="evaluate the task first"):
+        onset.judge(recall().query("metric == 'nll'"))
 
 
 def test_exact_match_alone_cannot_be_emergent():
@@ -230,10 +346,11 @@ def test_the_likelihood_of_a_rate_is_scipys():
 
 def test_closed_forms_are_the_best_ends_and_noise():
     """Fails if the weighted squares inside a continuous fit are not its maximum."""
-    x, y, n = onset._arrays(planted("smooth", 0)[0].query("metric == 'nll'"))
+    x, y, n = onset._arrays(small("line", 0, seeds=5).rows.query("metric == 'nll'"))
     curve = fits.Curve("continuous", x, y, n)
     best = fits.fit_all(curve)[0]
-    u = {c.name: c for c in fits.candidates(curve)}[best.name].position(best.shape[None], x)
+    named = {(c.name, c.sharp): c for c in shapes.candidates(curve)}
+    u = named[best.name, best.sharp].position(best.shape[None], curve.sizes)
 
     def total(left, right, s0):
         noise = np.array([[s0, best.noise[1]]])

@@ -59,7 +59,7 @@ def test_the_scoring_batch_needs_no_data(finished):
     cell = build(Cell, configs["1x4"], "1x4")
     prepared = mixture.load(cell, finished / "data")
     abilities = {k: v for k, v in prepared.test.items() if k[0] != TEXT}
-    text = prepared.test[TEXT, ""]
+    text = prepared.test[TEXT, "", 0]
     batches = make_test_set(abilities, text, cell.eval.text_rows, cell.eval.batch).batches
     for got, want in zip(scoring_rows(cell), Batch(*(a[0] for a in batches)), strict=True):
         assert (got.shape, got.dtype) == (want.shape, want.dtype)

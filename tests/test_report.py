@@ -1,16 +1,20 @@
 """The report of a run directory written as a study writes it, and its page in a real browser."""
 
+import dataclasses
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lm.config import UserError
-from lm.emergence import report, table
+from lm.emergence import page_closer, page_data, page_facts, planted, predict, report, table
 from lm.rundir import read_json, write_json
 
 LADDER = {400: 6, 784: 3, 1176: 3, 1568: 6, 6208: 3, 24704: 3, 55296: 3}
@@ -18,6 +22,7 @@ CONTROL = 12352
 STEPS = (0, 1, 4, 16, 64, 250, 1000, 2000)
 THROUGH = {1568: (1, 4)}  # the seeds of the threshold size that break through
 TASKS = {"recall": 0.25, "random_labels": 0.25, "bigram": 0.15}
+ABILITIES = {"recall": "in-context", "random_labels": "control", "bigram": "control"}
 
 
 def run_directory(path, steps=STEPS, unfinished=()):
@@ -53,8 +58,12 @@ def run_directory(path, steps=STEPS, unfinished=()):
         "config": {"train": {"tokens": 4000000}},
     }
     study |= {"docstring": "At which size does in-context recall begin?\n\nMore </script> text."}
-    tasks = [{"task": t, "level": "1", "chance": c, "baselines": {}} for t, c in TASKS.items()]
-    study |= {"points": points, "cells": [p["name"] for p in points], "tasks": tasks}
+    tasks = [
+        {"task": t, "level": "1", "format": 0, "ability": ABILITIES[t], "chance": c}
+        for t, c in TASKS.items()
+    ]
+    cells = {p["name"]: [p["name"]] for p in points}
+    study |= {"points": points, "cells": cells, "tasks": tasks}
     write_json(path / "study.json", study)
     return path
 
@@ -93,9 +102,16 @@ def evaluation(rng, params, replica, role, step):
         p = rng.binomial(1000, np.clip(exact[task], 0, 1)) / 1000
         nll = max(loss[task] + rng.normal(0, 0.01), 0.001)
         values = {"exact_match": p, "token_accuracy": p, "nll": nll, "brier": 1 - np.exp(-nll)}
-        values["log_likelihood"] = -nll
+        values |= {"log_likelihood": -nll, "answer_probability": np.exp(-nll)}
         for metric, value in values.items():
-            row = {"task": task, "level": "1", "metric": metric, "value": value, "stderr": 0.01}
+            row = {
+                "task": task,
+                "level": "1",
+                "format": 0,
+                "metric": metric,
+                "value": value,
+                "stderr": 0.01,
+            }
             rows.append(base | row | {"n": 1000, "chance": chance if value is p else None})
     text = 4.6 - learned * (4.6 - 4.0 * params**-0.07) + rng.normal(0, 0.01)
     for task, level, metric, value in (
@@ -103,7 +119,14 @@ def evaluation(rng, params, replica, role, step):
         ("text", "test", "bpb", text / np.log(2)),
         ("train", "mixture", "loss", text + 0.1),
     ):
-        row = {"task": task, "level": level, "metric": metric, "value": value, "stderr": 0.01}
+        row = {
+            "task": task,
+            "level": level,
+            "format": 0,
+            "metric": metric,
+            "value": value,
+            "stderr": 0.01,
+        }
         rows.append(base | row | {"n": 1000, "chance": None})
     return rows
 
@@ -120,7 +143,7 @@ def test_the_analysis_says_what_was_planted(study):
     """Fails if the keys of the contract change, controls are fitted, or seconds are not summed."""
     analysis = read_json(study / "analysis.json")
     assert (analysis["study"], analysis["points"], analysis["replicas"]) == ("desk", 8, 30)
-    assert analysis["rows"] == 30 * len(STEPS) * (5 * len(TASKS) + 3)
+    assert analysis["rows"] == 30 * len(STEPS) * (6 * len(TASKS) + 3)
     found = {v["task"]: v for v in analysis["verdicts"]}
     words = {task: verdict["verdict"] for task, verdict in found.items()}
     assert words == {"recall": "emergent", "random_labels": "flat", "bigram": "smooth"}
@@ -134,6 +157,30 @@ def test_the_analysis_says_what_was_planted(study):
     assert analysis["seconds"]["compile"] == pytest.approx(8 * 5.0)
     assert analysis["table_sha256"] == table.table_sha256(table.load(study))
     assert analysis["notes"] == []
+
+
+def test_the_analysis_has_the_statistics_of_every_ability(study):
+    """Catches a statistic that is left out, tested on the wrong rows, or given for another task."""
+    verdicts = read_json(study / "analysis.json")["verdicts"]
+    assert [v["task"] for v in verdicts] == ["recall", "bigram", "random_labels"]  # by ability
+    recall, bigram, labels = verdicts
+    assert recall["ability"] == "in-context" and labels["ability"] == "control"
+    assert recall["p_holm"] < 1e-6 and labels["p_holm"] == 1 and recall["tests"] == 7 * 3
+    assert 0 < labels["detectable"] < 0.1
+    assert recall["screen"]["breakthroughness"]["value"] > bigram["screen"]["linearity"]["value"]
+    words = {m: s["word"] for m, s in recall["metrics"].items() if m != "tokens"}
+    assert words == dict.fromkeys(words, "sharp") and "log_likelihood" in words
+    assert recall["metrics"]["tokens"] == "one"  # no independent match: answers of one token
+    shares = {r["params"]: (r["through"], r["seeds"], r["bimodal"]) for r in recall["rungs"]}
+    assert shares[1568] == (2, 6, True) and shares[24704] == (3, 3, False)
+    split = next(r for r in recall["rungs"] if r["params"] == 1568)
+    assert split["groups"] == pytest.approx([0.22, 0.99], abs=0.03)
+    sizes = {s["params"]: s for s in recall["survival"]["sizes"]}
+    assert (sizes[1568]["outcome"], sizes[1568]["emerged"]) == ("split", 2)
+    assert sizes[400]["outcome"] == "not yet" and sizes[24704]["median"] == 1000 * 2048
+    assert recall["survival"]["log_rank"]["p"] < 0.05
+    assert [c["axis"] for c in recall["collapse"]] == ["loss", "flops", "params"]
+    assert recall["variance"] is None
 
 
 @pytest.mark.parametrize("change", ["nothing", "no page", "a row", "a result"])
@@ -184,6 +231,132 @@ def test_the_figures_are_pictures(study):
     for path in (study / "figures").glob("*.png"):
         data = path.read_bytes()
         assert data[:4] == b"\x89PNG" and 5_000 < len(data) < 200_000, path
+
+
+def test_the_words_say_which_metrics_jump():
+    """Catches an answer of one token told as a mirage, and a mirage that is not told."""
+    shape = {name: {"word": name} for name in ("sharp", "smooth", "flat", "undecided")}
+    induced = {"exact_match": shape["sharp"], "token_accuracy": shape["smooth"]}
+    told = page_closer.mirage_words({"metrics": {**induced, "tokens": "several"}})
+    assert "<b>Exact match</b> jumps" in told and "the jump is in the metric" in told
+    both = {"exact_match": shape["sharp"], "brier": shape["sharp"], "tokens": "one"}
+    told = page_closer.mirage_words({"metrics": both})
+    assert "are the same number" in told and "it is the answers that change" in told
+    unsure = {"exact_match": shape["flat"], "brier": shape["undecided"], "tokens": "several"}
+    told = page_closer.mirage_words({"metrics": unsure})
+    assert "does not change" in told and "cannot be decided" in told and "jump" not in told
+    told = page_closer.mirage_words({"metrics": {"exact_match": None}})
+    assert told == "Too few sizes or seeds to say which metrics jump."
+
+
+@pytest.fixture(scope="module")
+def made(study):
+    """What the page of the reported study is made of."""
+    about = read_json(study / "analysis.json"), report._study(study), report._cells(study)
+    return page_data.content(table.load(study), *about, study.name)
+
+
+def test_the_browser_gets_every_value_once(study, made, monkeypatch):
+    """Catches values joined with another evaluation, and a last evaluation lost by thinning."""
+    frame = table.load(study)
+    whole = page_data.browser_data(made)
+    key = ("n6208", 1, 64)
+    who = whole["replicas"]["point"]["of"].index(key[0])
+    row = frame[(frame["point"] == key[0]) & (frame["replica"] == 1) & (frame["step"] == 64)]
+    wanted = row[(row["task"] == "bigram") & (row["metric"] == "nll")]["value"].item()
+    at = whole["evaluations"]
+    replicas = list(
+        zip(whole["replicas"]["point"]["at"], whole["replicas"]["replica"], strict=True)
+    )
+    replica = replicas.index((who, 1))
+    e = list(zip(at["replica"], at["step"], strict=True)).index((replica, 64))
+    found = whole["values"]["bigram/1/nll"]
+    assert found["v"][at["grids"][found["grid"]].index(e)] == pytest.approx(wanted, rel=1e-3)
+    assert len(found["v"]) == 30 * len(STEPS) and len(found["last"]) == len(found["se"]) == 30
+    monkeypatch.setattr(page_data, "MOST_VALUES", 2000)
+    thin = page_data.browser_data(made)["values"]["bigram/1/nll"]
+    assert len(thin["v"]) < len(found["v"]) and len(thin["last"]) == 30
+
+
+def test_predictions_are_shown_as_what_they_were(study, made, tmp_path):
+    """Catches a post hoc prediction shown as registered, and a changed file that is scored."""
+    assert "lm predict desk --up_to=SIZE" in page_closer.closer(made)
+    path = tmp_path / "desk"
+    shutil.copytree(study, path)
+    entry = {
+        **{"task": "recall", "level": "1", "metric": "exact_match", "params": 55296.0},
+        **{"median": 0.99, "i80": [0.9, 1.0], "i95": [0.8, 1.0]},
+        "quantiles": {m: np.linspace(0.8, 1.0, 100).tolist() for m in ("onset", "last", "line")},
+    }
+    frozen = {
+        **{"study": "desk", "up_to": {"given": "24704", "params": 24704.0}, "rows": 1},
+        **{"time": "2026-01-01T00:00:00.000+00:00", "sizes": [400, 24704], "git_commit": "abc"},
+        "targets": [{"params": 55296.0, "points": ["n55296"], "begun": ["n55296"]}],
+        **{"predictions": [entry], "version": "0.1.0"},
+    }
+    digest = predict.sha256(frozen)
+    (path / "predictions").mkdir()
+    file = path / "predictions" / f"24704-{digest[:12]}.json"
+    write_json(file, {"sha256": digest, "content": frozen})
+    assert not report._fresh(path)
+    found = report._predictions(path)
+    assert [c["registered"] for c in found["came"]] == [False] * 3
+    analysis = made.analysis | {"predictions": found}
+    shown = page_closer.closer(dataclasses.replace(made, analysis=analysis))
+    assert "55.3k (post hoc)" in shown and digest[:12] in shown and "pre-registered" not in shown
+    tasks = page_data.browser_data(dataclasses.replace(made, analysis=analysis))["tasks"]
+    (bands,) = tasks["recall/1"]["predictions"]
+    assert bands["bands"][0]["low95"] == 0.8 and bands["late"] == [55296.0]
+    assert tasks["bigram/1"]["predictions"] == []
+    write_json(file, {"sha256": digest, "content": frozen | {"rows": 2}})
+    found = report._predictions(path)
+    assert not found["files"] and "has changed" in found["problems"][0]
+
+
+def test_variance_is_taken_from_the_stored_answers(tmp_path):
+    """Catches items of one format paired with another's, seeds beyond the fewest, a lost file."""
+    values = {784: [0.5, 0.5, 0.5], 6208: [0.5, 0.5]}
+    rows = planted.table({"exact_match": values}, task="hop")
+    rows["level"], rows["cell"] = "2", "one"
+    both = pd.concat([rows, rows.assign(format=1)], ignore_index=True)
+    hard = np.arange(8) < 4  # the items that format 1 gets wrong
+    folder = tmp_path / "one" / "answers"
+    folder.mkdir(parents=True)
+    for row in rows.itertuples():
+        stored = {}
+        for form in (0, 1):
+            target = np.full((8, 2), 5, np.int32)
+            target[:, 1] = -1
+            greedy = np.where((hard & (form == 1))[:, None], 6, 5).astype(np.int32)
+            stored |= {f"hop.2.{form}.target": target, f"hop.2.{form}.greedy": greedy}
+        path = page_facts.answers_path("one", row.point, row.replica, row.step)
+        np.savez(tmp_path / path, **stored)
+    hits = page_facts._hits(both, {("hop", "2")}, tmp_path)[("hop", "2")]
+    assert hits.shape == (2, 2, 2, 8)
+    assert (hits[:, :, 0] == 1).all() and (hits[:, :, 1] == ~hard).all()
+    ability = page_facts.Ability("hop", "2", both, both, hits)
+    found = page_facts._variance(pickle.loads(pickle.dumps(ability)))
+    parts = {c["effect"]: c["share"] for c in found["components"]}
+    assert parts["format:item"] > 0.3 and parts["size"] < 0.01
+    next(folder.iterdir()).unlink()
+    assert page_facts._hits(both, {("hop", "2")}, tmp_path) == {}
+
+
+def test_the_terminal_fits_many_abilities(capsys):
+    """Catches a table that is wider than 100 columns, or cuts a name or a number."""
+    row = {
+        **{"task": "reversed_addition", "level": "97", "verdict": "metric-induced"},
+        **{"onset_params": 1.234e6, "ci95": [1.111e6, 2.345e6], "p_holm": 1e-9},
+        "reason": "exact match jumps; whether nll does AICc cannot decide",
+    }
+    rows = [row | {"ability": ability} for ability in ("in-context", "logic") for _ in range(12)]
+    analysis = {"verdicts": rows, "scaling": {"alpha": None}, "notes": []}
+    report.show(analysis, Path("report.html"))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    line = next(line for line in out.splitlines() if "reversed_addition" in line)
+    assert re.search(r"97\s+metric-induced\s+1.23M\s+1.11M to 2.35M\s+1e-9", line)
+    assert out.count("logic") == 1 and "decide" in out
 
 
 def test_the_terminal_has_the_verdicts_and_the_path(study, capsys):
@@ -245,16 +418,24 @@ window.addEventListener("unhandledrejection", e => document.body.dataset.error =
 const wait = setInterval(() => {
   if (document.body.dataset.ready !== "yes") return;
   clearInterval(wait);
+  const mark = document.querySelector("figure.curve .mark-symbol path");
+  mark.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  const choose = (id, value) => {
+    document.getElementById(id).value = value;
+    document.getElementById(id).dispatchEvent(new Event("change"));
+  };
+  choose("ability", "bigram/1");
   document.getElementById("metric").value = "nll";
-  document.getElementById("x").value = "text_loss";
-  document.getElementById("x").dispatchEvent(new Event("change"));
+  choose("x", "text_loss");
 }, 50);
 </script>"""
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium")
 def test_the_page_draws_and_its_switches_work(study, tmp_path):
-    """Fails if a chart is empty, the script raises, or changing metric and axis draws nothing."""
+    """Fails if a chart is empty, the script raises, changing metric, axis or ability draws nothing,
+    or a mark does not say where it comes from.
+    """
     page = (study / "report.html").read_text()
     head, _, tail = page.rpartition("</body>")
     copy = tmp_path / "page.html"
@@ -268,9 +449,17 @@ def test_the_page_draws_and_its_switches_work(study, tmp_path):
     errors = [line for line in log.splitlines() if "CONSOLE" in line]
     assert not errors and "data-error" not in dom, errors or re.findall("data-error=[^>]*", dom)
     assert 'data-drawn="nll text_loss"' in dom
-    charts = re.findall(r"<svg[^>]*marks.*?</svg>", dom, re.DOTALL)
-    assert len(charts) == len(TASKS) + 3  # every ability, two losses during training, the law
-    assert all("recall: loss, nats per answer token" in c for c in charts if "recall" in c)
-    recall = next(c for c in charts if "recall" in c)
-    assert "held-out text loss, nats per token" in recall  # the x-axis
+    charts = re.findall(r"<figure.*?</figure>", dom, re.DOTALL)
+    drawn = {name: [c for c in charts if f'"{name}"' in c and "<svg" in c] for name in KINDS}
+    assert {name: len(found) for name, found in drawn.items()} == KINDS
+    recall = next(c for c in drawn["curve"] if 'data-task="recall/1"' in c)
     assert len(re.findall(r'aria-roledescription="point"', recall)) >= 27  # every seed
+    assert 'data-closer="bigram/1"' in dom
+    origin = re.search(r'<aside id="origin".*?</aside>', dom, re.DOTALL)[0]
+    assert "hidden" not in origin.partition(">")[0]
+    assert "n400/answers/00002000-n400-0.npz" in origin and "abc123" in origin
+    assert re.search(r"lm explain \S+ n400<", origin)
+
+
+# Figures with a drawing: abilities, metrics of a one-token answer, closer looks, losses, the law.
+KINDS = {"curve": 3, "closer mirage": 5, "closer": 5, "path": 2, "law": 1}

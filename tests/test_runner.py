@@ -26,10 +26,11 @@ def test_rows_are_complete(finished):
         found = tiny.rows(finished / cell)
         for replica in (0, 1):
             for metric, steps in {
-                ("text", "test", "bpb"): [5, 10, 20, 30],
-                ("recall", "3", "exact_match"): [5, 10, 20, 30],
-                ("addition", "1", "nll"): [5, 10, 20, 30],
-                ("train", "mixture", "loss"): [5, 10, 15, 20, 25, 30],
+                ("text", "test", 0, "bpb"): [5, 10, 20, 30],
+                ("recall", "3", 0, "choice_brier"): [5, 10, 20, 30],
+                ("addition", "1", 1, "exact_match"): [5, 10, 20, 30],
+                ("addition", "1", 0, "edit_similarity"): [5, 10, 20, 30],
+                ("train", "mixture", 0, "loss"): [5, 10, 15, 20, 25, 30],
             }.items():
                 assert [s for p, r, s, *m in found if r == replica and tuple(m) == metric] == steps
 

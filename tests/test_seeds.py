@@ -75,3 +75,17 @@ def test_a_metric_without_chance_has_no_share():
     assert (high.through, high.share_low, high.share_high) == (0, 0, 1)
     assert high.low < 0.15 < high.high
     assert list(seeds.rungs(rows[:0])) == []
+
+
+def test_a_rung_says_whether_its_seeds_are_two_groups_and_how_good_the_upper_one_is():
+    """Catches a mean over failures as well, and evidence for groups where all seeds agree."""
+    low, high = [0.24, 0.26, 0.25, 0.23, 0.25, 0.26], [0.9, 0.92, 0.94]
+    small, middle, top = seeds.rungs(
+        rung_rows({400: low, 1568: low + high, 6208: [0.93, 0.92, 0.94, 0.9]})
+    )
+    assert [rung.bimodal for rung in (small, middle, top)] == [False, True, False]
+    assert middle.success == pytest.approx(0.92) and 0.88 < middle.success_low < 0.92
+    assert 0.92 < middle.success_high < 0.96 and middle.gain > 10
+    assert np.isnan(small.success) and small.through == 0
+    (loss,) = seeds.rungs(rung_rows({400: low + high}, chance=np.nan))
+    assert not loss.bimodal and np.isnan(loss.success)

@@ -13,7 +13,14 @@ ROW = {
     **{"layers": 2, "width": 8, "params": 1568, "params_total": 2592},
     **{"seed_init": 0, "seed_data": 0, "seed_dropout": 0, "seed_eval": 0},
     **{"learning_rate": 0.006, "step": 10, "tokens": 20480, "flops": 1.5e9},
-    **{"task": "recall", "level": "5", "metric": "nll", "value": 0.1 + 0.2, "stderr": 0.01},
+    **{
+        "task": "recall",
+        "level": "5",
+        "format": 0,
+        "metric": "nll",
+        "value": 0.1 + 0.2,
+        "stderr": 0.01,
+    },
     **{"n": 1000, "chance": None, "status": "ok", "attempt": 1, "seconds": 0.5},
 }
 
@@ -78,7 +85,7 @@ def test_a_replay_with_other_bits_is_written_and_told(study):
     write(study, ROW, ROW | {"step": 20, "value": 0.0})
     told = write(study, ROW | {"value": 0.3, "attempt": 2}, ROW | {"step": 20, "value": -0.0})
     assert [m.after["value"] for m in told] == [0.3, -0.0]
-    assert str(told[0]) == "p/0/10/recall/5/nll: value 0.30000000000000004 -> 0.3"
+    assert str(told[0]) == "p/0/10/recall/5/0/nll: value 0.30000000000000004 -> 0.3"
     frame = table.load(study)
     assert list(frame["value"]) == [0.3, -0.0]  # the last attempt counts
     assert any("measured with 2 different results" in line for line in table.problems(study))

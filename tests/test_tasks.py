@@ -192,7 +192,9 @@ def test_items_have_distinct_prompts_and_stop_when_there_are_no_more():
 
 def test_examples_run_out_with_a_sentence():
     """Catches an endless loop where a split is empty."""
-    task = Task("one", "1", lambda rng, n, turns: [tasks.Example("a", "b", (), "k")] * n)
+    task = Task(
+        *("one", "1", lambda rng, n, turns: [tasks.Example("a", "b", (), "k")] * n, "control")
+    )
     empty = "test" if tasks.split_of("k") == "train" else "train"
     with pytest.raises(UserError, match=f"one/1 gave 0 of 5 {empty} .* raise its held_out"):
         tasks.examples(task, empty, 0, 5)
@@ -288,7 +290,7 @@ def planted(share, place=0, rare=False):
             found.append(tasks.Example(prompt, str(answer), (), prompt))
         return found
 
-    return Task("planted", "1", generate)
+    return Task("planted", "1", generate, "control")
 
 
 def test_chance_does_not_choose_what_only_remembers():
@@ -311,3 +313,20 @@ def test_chance_of_noise_stays_uniform():
     best looks like .15."""
     values = [tasks.chance(planted(0.0), n=600, seed=10 * s).value for s in range(6)]
     assert np.mean(values) == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_catalogue_shows_every_task_once(lm):
+    """Catches a task that the list forgets, or an example that is not a test item."""
+    found = lm("tasks", "--json").json["tasks"]
+    assert sorted((e["task"], e["level"]) for e in found) == sorted(tasks.TASKS)
+    (entry,) = [e for e in found if (e["task"], e["level"]) == ("recall", "3")]
+    assert entry["ability"] == "in-context" and solve_recall(entry["prompt"]) == entry["answer"]
+    assert "did you mean 'hop'" in lm("tasks", "hopp").refusal
+
+
+def test_the_catalogue_describes_a_task_in_every_format(lm):
+    """Catches a format or a level that is left out, and a chance of another task."""
+    found = lm("tasks", "random_labels", "--json").json["tasks"]
+    assert [e["format"] for e in found] == list(range(tasks.FORMATS))
+    assert len({e["prompt"] for e in found}) == tasks.FORMATS
+    assert all(e["chance"] == pytest.approx(0.25, abs=0.02) for e in found)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 MIXTURE = {
     "text": {"task": "text", "level": "", "rows": 4, "weight": 0.5, "examples": 1},
     "recall": {"task": "recall", "level": "3", "rows": 2, "weight": 1.0, "examples": 200},
-    "addition": {"task": "addition", "level": "1", "rows": 2, "weight": 1.0, "examples": 60},
+    "addition": {"task": "addition", "level": "1", "rows": 2, "examples": 60, "formats": 2},
 }
 
 
@@ -130,7 +130,15 @@ def rows(cell: Path, point: str = "") -> dict[tuple, tuple]:
     found = {}
     for r in records:
         if point in ("", r["point"]):
-            key = (r["point"], r["replica"], r["step"], r["task"], r["level"], r["metric"])
+            key = (
+                r["point"],
+                r["replica"],
+                r["step"],
+                r["task"],
+                r["level"],
+                r["format"],
+                r["metric"],
+            )
             assert key not in found, f"{key} is there twice"
             numbers = (r["value"], r["stderr"], r["chance"])
             hexes = [None if x is None else float(x).hex() for x in numbers]

@@ -1,4 +1,5 @@
 """`lm bench attention|step|population`: how fast the hot path is, beside what else there is.
+`lm bench verdicts` asks how often the statistics are right instead (`lm.bench.verdicts`).
 
 One repetition of every implementation in turn, each in a process that waits while the others run,
 and a float32 product of 2048 x 2048 matrices among them, which says what the machine gives at that
@@ -25,6 +26,7 @@ attention   forward and backward of causal attention: every backend of lm.attent
 step        training steps of whole models: the program of a cell with one replica
 population  16 replicas at once, in every mode of lm.train.population and in single-threaded
             processes that share them
+verdicts    no times: how often the verdicts are right about planted tables (--tables=200, --json)
 
 Threads are NPROC, or as many as this process may use. peak_mib is the growth of resident memory
 during a call, over operands, parameters and state.
@@ -39,6 +41,10 @@ examples:
 
 def main(argv: list[str]) -> int:
     """`lm bench BENCH [...]`; exit code 1 if a result was wrong or nothing ran."""
+    if argv[:1] == ["verdicts"]:
+        from lm.bench import verdicts
+
+        return verdicts.main(argv[1:])
     args = _parse(argv)
     # Cases need nothing; backends and modes need JAX, which --help does not wait for.
     from lm.bench import table, timing
@@ -65,7 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", metavar="|".join(BENCHES))
+    parser.add_argument("bench", metavar="|".join([*BENCHES, "verdicts"]))
     parser.add_argument("--json", action="store_true", help="for machines: a list of rows")
     parser.add_argument("--peers", action="store_true", help="PyTorch too (the extra 'peers')")
     parser.add_argument("--cases", default="", metavar="A,B", help="only these")
@@ -81,7 +87,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny cases: does it run at all?")
     args = parser.parse_args(argv)
     if args.bench not in BENCHES:
-        raise UserError(f"no bench {args.bench!r}; {nearest(args.bench, BENCHES)}")
+        raise UserError(f"no bench {args.bench!r}; {nearest(args.bench, (*BENCHES, 'verdicts'))}")
     for name, value in (("dtype", args.dtype), ("pass", args.which)):
         if value and args.bench != "attention":
             raise UserError(f"--{name} is for attention; leave it out of {args.bench}")

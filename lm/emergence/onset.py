@@ -21,15 +21,18 @@ Only replicas of ladder points that finished are fitted. Every function is pure:
 in, records out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from lm.emergence import fits
-from lm.emergence.fits import Curve, Fit
+from lm.config import UserError
+from lm.emergence import fits, shapes
+from lm.emergence.fits import Curve
+from lm.emergence.locate import locate
+from lm.emergence.locate import resample as resample
 from lm.emergence.seeds import LEAST_RISE, Interval
+from lm.emergence.significance import against_chance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,10 +47,8 @@ LEAST_CHANGE = 0.05
 FLOOR_SIZES = 3
 LEAST_SIZES = 5
 LEAST_SEEDS = 8  # on the whole ladder: with fewer, AICc of a transition is infinite
-LEAST_SPAN = 1.25 * fits.SHARP_WIDTH  # on a shorter ladder even a straight line looks sharp
+LEAST_SPAN = 1.25 * shapes.SHARP_WIDTH  # on a shorter ladder even a straight line looks sharp
 CONTINUOUS = ("nll", "brier")
-RESAMPLES = 300
-SPLIT = 0.2  # correlation of items within a seed in mid-transition, above which seeds are split
 NOWHERE = Interval(float("nan"), float("nan"))
 
 
@@ -57,7 +58,8 @@ class Shape:
 
     `gain` AICc(constant) - AICc(best), `sharpness` AICc(best wide) - AICc(best sharp), `rise` of
     the best fit along the ladder (positive is better), `onset` and `width` the midpoint in
-    parameters and 10-90% width in decades of the best transition, with 95% intervals.
+    parameters and 10-90% width in decades of the best transition, with 95% intervals. `left_out`
+    is the log score with which the best few curves predict each size from all others, in nats.
     """
 
     metric: str
@@ -69,6 +71,7 @@ class Shape:
     onset_ci: Interval
     width: float
     width_ci: Interval
+    left_out: dict[str, float] = field(default_factory=dict)
 
     @property
     def word(self) -> str:
@@ -95,7 +98,11 @@ class Ladder(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One verdict with what it rests on; `reason` is a sentence for a reader."""
+    """One verdict with what it rests on; `reason` is a sentence for a reader.
+
+    `p_holm` and `p_bh` say how surely any size of the task is above chance, corrected for all
+    sizes and tasks of the table it was judged with (NaN where it was judged alone).
+    """
 
     task: str
     level: str
@@ -110,12 +117,15 @@ class Verdict:
     seeds: int
     diverged: int
     floor_sizes: int
+    p_holm: float = float("nan")
+    p_bh: float = float("nan")
 
 
 def final_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The last evaluation of every replica; one that diverged is marked so on all its rows."""
-    keys = ["point", "replica", "task", "level", "metric"]
+    keys = ["point", "replica", "task", "level", "format", "metric"]
     last = frame[frame["step"] == frame.groupby(keys)["step"].transform("max")]
+    last = last.drop_duplicates(keys, keep="last")
     diverged = set(
         frame.loc[frame["status"] == "diverged", ["point", "replica"]].itertuples(
             index=False, name=None
@@ -126,27 +136,39 @@ def final_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def verdicts(frame: "pd.DataFrame", seed: int = 0) -> list[Verdict]:
-    """One verdict for every task and level that has exact match, in order of name."""
-    rows = final_rows(frame[frame["role"] == "ladder"])
+    """One verdict for every task and level that has exact match, in order of name.
+
+    Only the canonical prompt format counts.
+    """
+    rows = final_rows(frame[(frame["role"] == "ladder") & (frame["format"] == 0)])
     tasks = rows[rows["metric"] == "exact_match"][["task", "level"]].drop_duplicates()
-    return [
-        judge(rows[(rows["task"] == task) & (rows["level"] == level)], seed)
-        for task, level in sorted(tasks.itertuples(index=False, name=None))
-    ]
+    tests = against_chance(rows[rows["metric"] == "exact_match"])
+    made = []
+    for task, level in sorted(tasks.itertuples(index=False, name=None)):
+        verdict = judge(rows[(rows["task"] == task) & (rows["level"] == level)], seed)
+        own = [test for test in tests if (test.task, test.level) == (task, level)]
+        least = [min((getattr(t, name) for t in own), default=np.nan) for name in ("holm", "bh")]
+        made.append(replace(verdict, p_holm=least[0], p_bh=least[1]))
+    return made
 
 
 def judge(rows: "pd.DataFrame", seed: int = 0) -> Verdict:
-    """The verdict on one task and level from the final rows of its ladder replicas."""
+    """The verdict on one task and level from the final rows of its ladder replicas.
+
+    Raises `UserError` where exact match was not measured.
+    """
     exact = rows[rows["metric"] == "exact_match"]
+    if exact.empty:
+        raise UserError("no row of exact_match; a verdict needs it, so evaluate the task first")
     task, level, chance = exact[["task", "level", "chance"]].iloc[0]
     good = usable(exact)
     sizes, seeds = good["params"].nunique(), len(good)
     counts = (sizes, seeds, len(exact) - len(good))
-    reason = _too_little(good) if np.isfinite(chance) else "its chance was not recorded"
+    reason = _no_chance(chance) or _too_little(good)
     if reason:
         nothing = (float("nan"), NOWHERE, None, None, *counts, 0)
         return Verdict(task, level, "undetermined", reason, float(chance), *nothing)
-    floors = floor_sizes(good, chance)
+    floors = floor_sizes(good)
     curve = rate_curve(good, chance)
     shape = describe(curve, "exact_match", 1, seed)
     continuous = next((s for m in CONTINUOUS if (s := _continuous(rows, m, seed))), None)
@@ -194,20 +216,14 @@ def usable(rows: "pd.DataFrame") -> "pd.DataFrame":
     return rows[(rows["status"] == "ok") & np.isfinite(rows["value"]) & (rows["n"] > 0)]
 
 
-def floor_sizes(rows: "pd.DataFrame", chance: float, level: float = 0.05) -> int:
-    """How many sizes, from the smallest up, are not above chance.
+def floor_sizes(rows: "pd.DataFrame", level: float = 0.05) -> int:
+    """How many sizes of one task, from the smallest up, are not above chance.
 
-    A one-sided exact binomial test per size on the pooled items, at `level` / sizes. The items are
-    discounted by the median over sizes of Pearson's dispersion between seeds, at least 1.
+    One exact test each (`against_chance`), at `level` / sizes.
     """
-    groups = [group for _, group in rows.groupby("params")]
-    discount = max(1.0, float(np.median([_dispersion(group) for group in groups])))
-    for count, group in enumerate(groups):
-        n = max(1, round(group["n"].sum() / discount))
-        hits = round(n * np.average(group["value"], weights=group["n"]))
-        if stats.binom.sf(hits - 1, n, chance) < level / len(groups):
-            return count
-    return len(groups)
+    tests = against_chance(rows)
+    above = (i for i, test in enumerate(tests) if test.p < level / len(tests))
+    return next(above, len(tests))
 
 
 def rate_curve(rows: "pd.DataFrame", chance: float) -> Curve:
@@ -227,109 +243,13 @@ def describe(curve: Curve, metric: str, better: Literal[1, -1], seed: int = 0) -
     constant = next(f.aicc for f in fitted if f.name == "constant")
     ends = fits.mean_at(curve, best, curve.x[[curve.x.argmin(), curve.x.argmax()]])
     rise = better * float(ends[1] - ends[0])
-    steps = [f for f in fitted if f.name in ("logistic", "hinge")]
+    steps = [f for f in fitted if f.name in (*shapes.TRANSITIONS, "step")]
     near = [f for f in steps if f.aicc <= steps[0].aicc + DECISIVE]
     onset, width = locate(curve, near, seed)
     with np.errstate(invalid="ignore"):  # inf - inf: too few seeds for any transition
         sharpness, gain = wide - sharp, constant - best.aicc
-    return Shape(metric, best.name, float(gain), float(sharpness), rise, *onset, *width)
-
-
-def locate(curve: Curve, steps: list[Fit], seed: int = 0) -> list[tuple[float, Interval]]:
-    """Midpoint (parameters) and 10-90% width (decades) of a transition, with their intervals.
-
-    The values are those of the first of `steps`, the intervals the hull over all of them.
-    """
-    counts = np.vstack([np.ones(len(curve.x)), resample(curve.x, RESAMPLES, seed)])
-    found = np.array([_locate(curve, step, counts) for step in steps])  # [steps, 2, 3]
-    low, high = found[:, :, 1].min(0), found[:, :, 2].max(0)
-    return [
-        (float(10**v), Interval(float(10**a), float(10**b)))
-        for v, a, b in zip(found[0, :, 0], low, high, strict=True)
-    ]
-
-
-def _locate(curve: Curve, step: Fit, counts: np.ndarray) -> np.ndarray:
-    """[(midpoint, low, high), (width, low, high)] of one fitted shape, in log10.
-
-    On a grid of midpoints, widths and right ends, refined once, with the rest as fitted. The value
-    is the median of the normalised profile likelihood, which is the middle of a gap that no size
-    lies in. The interval is the hull of the profile's (a drop of 1.92) and the percentile interval
-    of a bootstrap of seeds within sizes: one knows the gap between sizes, the other the seeds.
-    Where seeds are split, it also covers the profile of the share that broke through: three
-    failures of three are no proof that a size never succeeds, and a beta-binomial takes them so.
-    """
-    reach = 0.25 * curve.span
-    per_size = len(curve.x) / len(curve.sizes)
-    # Resampling S seeds underestimates their variance by (S - 1)/S, a third at three seeds.
-    stretch = np.sqrt(per_size / (per_size - 1)) if per_size > 1 else 1.0
-    box = [
-        (curve.sizes[0] - reach, curve.sizes[-1] + reach),
-        (np.log10(fits.NARROWEST), np.log10(4.0)),
-    ]
-    for x50s, widths in ((61, 12), (61, 16)):
-        axes = [np.linspace(*side, n) for side, n in zip(box, (x50s, widths), strict=True)]
-        total, split = _profile_grid(curve, step, axes, counts)
-        found = np.stack(
-            [_summary(axes[i], total.max(1 - i), split.max(1 - i), stretch) for i in (0, 1)]
-        )
-        cell = np.array([axis[1] - axis[0] for axis in axes])
-        sides = zip(box, found[:, 1] - 2 * cell, found[:, 2] + 2 * cell, strict=True)
-        box = [(max(old[0], low), min(old[1], high)) for old, low, high in sides]
-    return found
-
-
-def _profile_grid(
-    curve: Curve, step: Fit, axes: list[np.ndarray], counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihoods [x50, width, resamples] at the best of a few right ends near the fitted, and
-    [x50, width] of which seeds broke through (that of the data again where seeds are not split).
-    """
-    shape = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
-    u = (fits.logistic if step.name == "logistic" else fits.hinge)(shape, curve.x)
-    loglik = fits.loglik_rate if curve.kind == "rate" else fits.loglik_normal
-    best = np.full((len(shape), len(counts)), -np.inf)
-    for share in (0.95, 0.98, 1.0, 1.02, 1.05):
-        right = step.left + share * (step.right - step.left)
-        each = loglik(curve, step.left + (right - step.left) * u, u, step.noise[None])  # [G, J]
-        # einsum, not @: the threads of a BLAS that fight for two cores made this 20 times slower.
-        np.maximum(best, np.einsum("gj,bj->gb", each, counts), out=best)
-    split = best[:, 0]
-    if curve.kind == "rate" and np.exp(step.noise[1]) > SPLIT:
-        through = curve.y > (step.left + step.right) / 2
-        share = np.clip(u, 1e-3, 1 - 1e-3)
-        split = np.where(through, np.log(share), np.log(1 - share)).sum(1)
-    sides = [len(axis) for axis in axes]
-    return best.reshape(*sides, -1), split.reshape(sides)
-
-
-def _summary(
-    axis: np.ndarray, profile: np.ndarray, split: np.ndarray, stretch: float
-) -> np.ndarray:
-    """Median and hull interval of profiles [axis, 1 + resamples], the data's own first."""
-    medians = _median(axis, profile)
-    drop = stats.chi2.ppf(0.95, 1) / 2
-    inside = (profile[:, 0] >= profile[:, 0].max() - drop) | (split >= split.max() - drop)
-    low, high = medians[0] + stretch * (np.quantile(medians[1:], [0.025, 0.975]) - medians[0])
-    return np.array([medians[0], min(low, axis[inside].min()), max(high, axis[inside].max())])
-
-
-def _median(axis: np.ndarray, profile: np.ndarray) -> np.ndarray:
-    weight = np.exp(profile - profile.max(0))
-    cumulative = np.cumsum(weight, 0) - weight / 2
-    half = weight.sum(0) / 2
-    return np.array([np.interp(h, c, axis) for h, c in zip(half, cumulative.T, strict=True)])
-
-
-def resample(x: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each seed is drawn [resamples, J] when seeds are resampled within sizes."""
-    rng = np.random.default_rng(seed)
-    counts = np.zeros((resamples, len(x)))
-    for size in np.unique(x):
-        (where,) = np.nonzero(x == size)
-        share = np.full(len(where), 1 / len(where))
-        counts[:, where] = rng.multinomial(len(where), share, size=resamples)
-    return counts
+    scores = fits.leave_one_size_out(curve, fitted)
+    return Shape(metric, best.name, float(gain), float(sharpness), rise, *onset, *width, scores)
 
 
 def _continuous(rows: "pd.DataFrame", metric: str, seed: int) -> Shape | None:
@@ -346,18 +266,19 @@ def _arrays(rows: "pd.DataFrame") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(column.to_numpy(np.float64) for column in columns)
 
 
-def _dispersion(group: "pd.DataFrame") -> float:
-    """Pearson's chi² over its degrees of freedom between the seeds of one size; 1 for one seed."""
-    value, n = group["value"].to_numpy(), group["n"].to_numpy()
-    p = np.clip(np.average(value, weights=n), 0.5 / n.sum(), 1 - 0.5 / n.sum())
-    if len(value) < 2:
-        return 1.0
-    return float(np.sum(n * (value - p) ** 2) / (p * (1 - p)) / (len(value) - 1))
+def _no_chance(chance: float) -> str:
+    """Why nothing can be above this chance, or nothing."""
+    if not np.isfinite(chance):
+        return "its chance was not recorded"
+    return "" if chance < 1 else f"a guess already scores {chance:g}; nothing can be above it"
 
 
 def _too_little(rows: "pd.DataFrame") -> str:
     """Why these rows cannot carry a verdict, or nothing."""
     sizes = rows["params"].nunique()
+    rates = rows.loc[rows["metric"] == "exact_match", "value"]
+    if not rates.between(0, 1).all():
+        return f"an exact match of {rates.max():g}; a rate lies between 0 and 1"
     if sizes < LEAST_SIZES:
         return f"{sizes} sizes finished; a verdict needs {LEAST_SIZES}"
     if len(rows) < LEAST_SEEDS:

@@ -1,132 +1,125 @@
-"""The stylesheet and the script of the page, as text."""
+"""The stylesheet of the page, for the screen and for paper, as text."""
 
 CSS = """
-:root { --ink: #1c1c1c; --soft: #5c5c5c; --line: #dddddd; }
+:root { --ink: #1c1c1c; --soft: #5c5c5c; --line: #dddddd; --blue: #0059a6; }
 * { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; line-height: 1.5;
+body { margin: 0; color: var(--ink); background: #fff;
   font: 16px/1.5 "Source Sans 3", "Source Sans Pro", "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
 h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.2rem; margin: 0 0 .8rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
-section { margin-top: 2.2rem; }
-.toolbar + section { margin-top: 1.2rem; }
-.toolbar + section h2 { border-top: 0; padding-top: 0; }
-p { max-width: 44rem; margin: .5rem 0; }
+h2 { font-size: 1.3rem; margin: 0 0 .7rem; padding-top: 1.3rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
+h4 { font-size: .95rem; margin: 1.1rem 0 .3rem; color: var(--soft); font-weight: 600; }
+section { margin-top: 2.4rem; }
+p { max-width: 46rem; margin: .5rem 0; }
 .lead { font-size: 1.1rem; white-space: pre-line; }
 .small { color: var(--soft); font-size: .875rem; }
 .note { border-left: 3px solid #d55e00; padding-left: .7rem; }
-.headlines { list-style: none; margin: 1.4rem 0 0; padding: 0; }
-.headlines li { padding: .35rem 0; max-width: 50rem; }
-.badge { color: #fff; border-radius: 3px; padding: .05rem .45rem; margin: 0 .15rem;
-  font-size: .8rem; white-space: nowrap; }
-.toolbar { position: sticky; top: 0; z-index: 2; background: #fffffff2; display: flex; gap: 1.5rem;
-  flex-wrap: wrap; padding: .7rem 0; margin-top: 1.4rem; border-bottom: 1px solid var(--line); }
+.counts { margin: 1.1rem 0 .2rem; display: flex; flex-wrap: wrap; gap: .4rem 1.1rem; }
+.headlines { list-style: none; margin: .6rem 0 0; padding: 0; }
+.headlines li { padding: .2rem 0; max-width: 62rem; }
+.badge { color: #fff; border-radius: 3px; padding: .08rem .45rem; font-size: .78rem;
+  white-space: nowrap; }
+.toolbar { position: sticky; top: 0; z-index: 2; background: #fffffff2; display: flex;
+  gap: .4rem 1.5rem; flex-wrap: wrap; align-items: center; padding: .6rem 0; margin: .4rem 0 0;
+  border-bottom: 1px solid var(--line); }
 .toolbar label { color: var(--soft); font-size: .9rem; }
-select { font: inherit; color: var(--ink); padding: .25rem .4rem; margin-left: .3rem;
-  border: 1px solid #999; border-radius: 4px; background: #fff; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(450px, 100%), 1fr));
-  gap: 1.2rem 1rem; }
-figure { margin: 0; overflow-x: auto; }
-.plot { min-height: 310px; }
+select, button { font: inherit; color: var(--ink); padding: .2rem .4rem; border: 1px solid #999;
+  border-radius: 4px; background: #fff; max-width: 22rem; }
+select { margin-left: .3rem; }
+:is(select, button, a, summary):focus-visible { outline: 2px solid var(--blue);
+  outline-offset: 1px; }
+.legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; color: var(--soft);
+  font-size: .85rem; margin: .6rem 0 0; align-items: center; }
+.legend svg { vertical-align: -2px; margin-right: .3rem; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%;
+  margin-right: .3rem; vertical-align: -1px; }
+body[data-x="path"] .bysize, body:not([data-x="path"]) .bypath { display: none; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr));
+  gap: .9rem .8rem; }
+.mirages { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
+.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr));
+  gap: 1rem 1.2rem; }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: .875rem; font-weight: 600; display: flex; gap: .45rem; align-items: center;
+  line-height: 1.3; margin-bottom: .1rem; }
+figcaption .badge { font-weight: 400; font-size: .66rem; padding: .05rem .3rem; }
+.curve { display: flex; flex-direction: column; justify-content: flex-end; }
+.curve figcaption { font-size: .82rem; gap: .35rem; }
+figcaption small { color: var(--soft); font-weight: 400; }
+.plot svg { max-width: 100%; height: auto; display: block; }
+.plot path, .plot .mark-symbol path { cursor: default; }
+.plot .mark-symbol path { cursor: pointer; }
+.curve .plot, .mirage .plot { min-height: 140px; }
+.pair .plot { min-height: 310px; }
+.vega-embed { display: block !important; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; vertical-align: top;
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .32rem .8rem .32rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-tr:first-child th:not(.key), thead th { color: var(--soft); font-weight: 400; white-space: nowrap; }
-.shares td { padding: .3rem .55rem; text-align: center; }
-.shares small { display: block; color: var(--soft); font-size: .72rem; }
+tr.titles th, thead th { color: var(--soft); font-weight: 400; vertical-align: bottom;
+  line-height: 1.25; }
+tr.group th { padding-top: .9rem; color: var(--soft); font-weight: 600; border-bottom-color: #999; }
+td.nr, th.nr { text-align: right; white-space: nowrap; }
+td.nw { white-space: nowrap; }
+td.why { min-width: 10rem; color: var(--soft); line-height: 1.3; }
+.verdicts { width: 100%; }
+.verdicts th a { color: inherit; text-decoration: none; border-bottom: 1px dotted #999; }
+.verdicts th a:hover { color: var(--blue); border-color: var(--blue); }
+.verdicts { font-size: .82rem; }
+.verdicts td, .verdicts th { white-space: nowrap; padding-right: .55rem; }
+.verdicts :is(td, th):last-child { padding-right: 0; }
+.verdicts td.why { white-space: normal; }
+td small { color: var(--soft); font-size: .75rem; }
+.shares td { padding: .28rem .5rem; text-align: center; line-height: 1.2; }
+.shares th + th { text-align: center; padding-right: 0; }
+.shares small { display: block; }
+.two { font-weight: 600; color: #a34700; }
 .numbers td { text-align: right; padding-left: .9rem; }
 .sum th, .sum td { border-top: 1px solid #888; }
 .facts td { overflow-wrap: anywhere; }
+.bar { display: inline-block; height: .6rem; background: #0072b2; vertical-align: 0; }
 details { margin: .6rem 0; }
-summary { cursor: pointer; color: #0059a6; }
+summary { cursor: pointer; color: var(--blue); }
 pre { white-space: pre-wrap; font-size: .8rem; background: #f7f7f7; padding: 1rem;
   border-radius: 4px; overflow-x: auto; }
+code { font-size: .85em; background: #f3f3f3; padding: .05rem .3rem; border-radius: 3px; }
+#origin { position: fixed; right: 1rem; bottom: 1rem; z-index: 5; width: min(27rem, 94vw);
+  background: #fff; border: 1px solid #bbb; border-radius: 6px; padding: .8rem 1rem;
+  box-shadow: 0 6px 24px #0003; font-size: .85rem; }
+[hidden] { display: none; }
+#origin header { display: flex; justify-content: space-between; align-items: center; margin: 0; }
+#origin button { border: 0; font-size: 1.1rem; line-height: 1; padding: .2rem .45rem; }
+#origin dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .9rem; margin: .4rem 0; }
+#origin dt { color: var(--soft); }
+#origin dd { margin: 0; overflow-wrap: anywhere; }
+#origin code { display: block; user-select: all; padding: .35rem .5rem; overflow-wrap: anywhere; }
+@page { size: A4; margin: 14mm 13mm; }
 @media print {
   main { max-width: none; padding: 0; }
-  .toolbar, summary { display: none; }
-  figure, tr, li { break-inside: avoid; }
-  body { font-size: 11pt; }
+  body { font-size: 9.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  h1 { font-size: 20pt; }
+  h2, h3, h4, tr.group, h3 + .of { break-after: avoid; }
+  .small { font-size: 8pt; }
+  .toolbar, details, #origin, .screen { display: none; }
+  section { margin-top: 1.4rem; }
+  figure, tr, li, .of, .legend { break-inside: avoid; }
+  .wide { overflow: visible; }
+  table { font-size: 7.4pt; }
+  th, td { padding: .18rem .5rem .18rem 0; }
+  .verdicts td, .verdicts th { padding-right: .4rem; }
+  .verdicts .badge { font-size: 6.8pt; }
+  .verdicts td.why { min-width: 3.2cm; }
+  .verdicts th a { border: 0; }
+  .shares td { padding: .15rem .3rem; }
+  .panels { grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+  .mirages { grid-template-columns: repeat(3, 1fr); }
+  .pair { grid-template-columns: 1fr 1fr; }
+  .curve .plot, .mirage .plot, .pair .plot { min-height: 0; }
+  figcaption { font-size: 8pt; flex-wrap: wrap; gap: .2rem; }
+  .facts, .cost { break-inside: auto; }
+  .paper { display: block; }
 }
-"""
-
-SCRIPT = """
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-
-function rows(columns) {
-  const names = Object.keys(columns);
-  const read = names.map(n => columns[n].of ? i => columns[n].of[columns[n].at[i]]
-                                            : i => columns[n][i]);
-  const first = names.length ? columns[names[0]] : [];
-  const made = new Array((first.of ? first.at : first).length);
-  for (let i = 0; i < made.length; i++) {
-    const row = made[i] = {};
-    names.forEach((name, k) => { row[name] = read[k](i); });
-  }
-  return made;
-}
-
-function grouped(table) {
-  const groups = new Map();
-  for (const row of table) {
-    const key = [row.task, row.level, row.metric].join("/");
-    if (!groups.has(key)) groups.set(key, []);
-    groups.get(key).push(row);
-  }
-  return groups;
-}
-
-const seeds = grouped(rows(data.seeds)), rungs = grouped(rows(data.rungs));
-const options = {actions: false, renderer: "svg"};
-
-function filled(task, level, metric, x) {
-  const key = [task, level, metric].join("/");
-  const known = data.onsets.find(o => o.task === task && o.level === level);
-  const spec = structuredClone(data.templates[x]);
-  spec.title.text = known ? known.label + ": " + data.metrics[metric] : data.titles[task];
-  spec.config.font = getComputedStyle(document.body).fontFamily;
-  spec.datasets = {
-    seeds: seeds.get(key) || [], rungs: rungs.get(key) || [],
-    onset: known ? known.onset : [],
-    chance: known && metric === "exact_match" ? [{value: known.chance}] : [],
-    limits: data.rates.includes(metric) ? [{value: 0}, {value: 1}] : [],
-  };
-  // A layer without data has an infinite extent, and Vega complains of it.
-  spec.layer = spec.layer.filter(layer => spec.datasets[layer.data.name].length);
-  return spec;
-}
-
-async function put(figure, spec) {
-  const plot = figure.querySelector(".plot");
-  if (spec.layer.length) await vegaEmbed(plot, spec, options);
-  else plot.textContent = spec.title.text + ": not measured";
-}
-
-async function draw() {
-  const metric = document.getElementById("metric").value;
-  const x = document.getElementById("x").value;
-  document.body.dataset.drawn = "";
-  for (const figure of document.querySelectorAll("figure.curve")) {
-    const {task, level} = figure.dataset;
-    await put(figure, filled(task, level, metric, x));
-  }
-  document.body.dataset.drawn = metric + " " + x;
-}
-
-async function start() {
-  for (const id of ["metric", "x"]) document.getElementById(id).addEventListener("change", draw);
-  await draw();
-  for (const figure of document.querySelectorAll("figure.path")) {
-    const {task, level, metric} = figure.dataset;
-    await put(figure, filled(task, level, metric, "tokens"));
-  }
-  for (const figure of document.querySelectorAll("figure.law")) {
-    await put(figure, data.law);
-  }
-  document.body.dataset.ready = "yes";
-}
-
-start();
+@media screen { .paper { display: none; } }
 """

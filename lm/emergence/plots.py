@@ -3,16 +3,18 @@
 A chart is made once for each x-axis as a Vega-Lite specification that refers to its data by name
 (seeds, rungs, onset, chance, limits). The page fills it in the browser when the reader changes the
 metric or the axis; the PNG files are filled here. So what is printed and what is clicked is the
-same drawing.
+same drawing. `page_charts` has the charts that look at one ability closer.
 
 Every seed is drawn. A ladder point is a circle, a control a diamond; colours are Okabe and Ito's,
 which the colour-blind can tell apart, and sizes are steps of viridis, which also print in grey.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from lm.emergence import seeds
@@ -28,17 +30,29 @@ AXES = {
 METRICS = {
     "exact_match": "exact match",
     "token_accuracy": "token accuracy",
-    "nll": "loss, nats per answer token",
+    "independent_match": "exact match if tokens were independent",
+    "edit_similarity": "edit similarity",
+    "answer_probability": "probability of the answer",
     "log_likelihood": "log-likelihood of the answer, nats",
+    "nll": "loss, nats per answer token",
     "brier": "Brier score",
+    "choice_accuracy": "accuracy among the choices",
+    "choice_brier": "Brier score among the choices",
+    "calibration_error": "calibration error",
 }
 LOSSES = {
     "text": "held-out text loss, nats per token",
     "train": "training loss, nats per weighted token",
 }
-RATES = ("exact_match", "token_accuracy")
+RATES = (
+    *("exact_match", "token_accuracy", "independent_match", "edit_similarity"),
+    *("answer_probability", "choice_accuracy"),
+)
 KEYS = ["task", "level", "metric"]
-MOST_STEPS = 60_000  # evaluations on a page; above that the early ones are thinned
+VIRIDIS = (
+    *("#addc30", "#5ec962", "#28ae80", "#21918c"),
+    *("#2c728e", "#3b528b", "#472d7b", "#440154"),
+)
 FONT = "sans-serif"  # the page sets its own
 
 type Drawing = alt.LayerChart | alt.FacetChart
@@ -49,43 +63,74 @@ def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     `spread` is the size, moved a little by replica so that equal values stay apart.
     """
+    frame = frame[(frame["format"] == 0) & frame["metric"].isin([*METRICS, "loss"])]
     text = frame[(frame["task"] == "text") & (frame["metric"] == "nll")]
     where = ["point", "replica", "step"]
     loss = text.drop_duplicates(where).set_index(where)["value"].rename("text_loss")
     table = frame.join(loss, on=where)
-    last = table.groupby(["point", "replica", *KEYS])["step"].transform("max")
+    # A replica evaluates everything at its last step, but its training loss has steps of its own.
+    last = table.groupby(["point", "replica", *KEYS], observed=True)["step"].transform("max")
     table["final"] = table["step"] == last
     shift = (table["replica"] % 7 + 1) // 2 * (1 - table["replica"] % 2 * 2)
     table["spread"] = table["params"] * 10.0 ** (0.02 * shift)
-    steps = sorted(table["step"].unique())
-    while len(table) > MOST_STEPS and len(steps) > 2:
-        steps = steps[::2]
-        table = table[table["step"].isin(steps) | table["final"]]
-    names = ["point", "replica", "role", "params", "spread", "step", "tokens", "flops"]
-    return table[[*names, "text_loss", *KEYS, "value", "stderr", "n", "status", "final"]]
+    names = ["cell", "point", "replica", "role", "params", "spread", "step", "tokens", "flops"]
+    names += ["text_loss", *KEYS, "value", "stderr", "n", "status", "attempt", "final"]
+    return table[names]
 
 
 def rung_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean and 95% interval of each ladder size at the end, for every task, level and metric."""
-    rows = usable(final_rows(frame[frame["role"] == "ladder"]))
-    parts = [
-        pd.DataFrame(seeds.rungs(group)).assign(**dict(zip(KEYS, key, strict=True)))
-        for key, group in rows.groupby(KEYS)
-    ]
-    columns = [*seeds.Rung._fields, *KEYS]
-    return pd.concat(parts) if parts else pd.DataFrame(columns=columns)
+    frame = frame[(frame["role"] == "ladder") & (frame["format"] == 0)]
+    rows = usable(final_rows(frame))
+    made = []
+    for key, group in rows.groupby([*KEYS, "params"], observed=True):
+        value, n = group["value"].to_numpy(), group["n"].to_numpy()
+        rate = np.isfinite(group["chance"].iloc[0])
+        draws = seeds.bootstrap_rung(value, n, None if rate else group["stderr"].to_numpy())
+        made.append((*key, len(value), float(value.mean()), *seeds.interval(draws)))
+    return pd.DataFrame(made, columns=[*KEYS, "params", "seeds", "mean", "low", "high"])
 
 
-def templates(width: int = 385, height: int = 240) -> dict[str, dict[str, Any]]:
-    """The chart of one task and metric for each of `AXES`, as specifications without data."""
-    made = {"params": _by_size(), **{x: _by_path(x) for x in list(AXES)[1:]}}
-    return {x: _finish(chart, width, height) for x, chart in made.items()}
+def templates(
+    width: int = 385, height: int = 240, sizes: Sequence[int] = (), compact: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The chart of one task and metric for each of `AXES`, as specifications without data.
+
+    `compact` is for many side by side: no titles and no legends, which they share.
+    """
+    made = {"params": _by_size(height), **{x: _by_path(x, sizes) for x in list(AXES)[1:]}}
+    return {x: finish(chart, width, height, compact, sizes) for x, chart in made.items()}
+
+
+def viridis(count: int) -> list[str]:
+    """Colours of `count` sizes, light to dark, as `#rrggbb`."""
+    anchors = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in VIRIDIS]
+    found = []
+    for i in range(count):
+        place = i * (len(anchors) - 1) / max(count - 1, 1)
+        low = min(int(place), len(anchors) - 2)
+        pairs = zip(anchors[low], anchors[low + 1], strict=True)
+        found.append("#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in pairs))
+    return found
+
+
+def nice(sizes: Sequence[int]) -> list[float]:
+    """Three to seven round numbers within the range of sizes, for a log axis; none for none."""
+    if not sizes:
+        return []
+    powers = range(int(np.log10(min(sizes))), int(np.log10(max(sizes))) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [s * 10.0**p for p in powers for s in steps]
+        found = [n for n in found if min(sizes) <= n <= max(sizes)]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def fill(spec: dict[str, Any], title: str, **data: list[dict[str, Any]]) -> dict[str, Any]:
     """A copy of a template with its title and data, and without the layers that have none."""
     spec = json.loads(json.dumps(spec))
-    spec["title"]["text"] = title
+    spec["title"] = {**spec.get("title", {}), "text": title}
     spec["datasets"] = data
     # A layer without data has an infinite extent, and Vega complains of it.
     hoisted = spec.get("data")
@@ -101,32 +146,22 @@ def png(spec: dict[str, Any], scale: float = 2.0) -> bytes:
     return vl_convert.vegalite_to_png(json.dumps(spec), scale=scale)
 
 
-def share_chart(width: int = 385, height: int = 160) -> dict[str, Any]:
-    """Share of seeds that broke through, against size, with Wilson intervals."""
-    base = alt.Chart(alt.NamedData("rungs")).encode(x=_x("params", AXES["params"]))
-    share = alt.Y("share:Q", title=None, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
-    tip = ["params:Q", "through:Q", "seeds:Q", "share_low:Q", "share_high:Q"]
-    bars = base.mark_rule(color=BLUE, strokeWidth=1.5).encode(y="share_low:Q", y2="share_high:Q")
-    dots = base.mark_point(color=BLUE, filled=True, size=60, opacity=1)
-    names = base.mark_text(dx=9, align="left", fontSize=11, color=GREY).encode(
-        y=share, text="label:N"
-    )
-    return _finish(bars + dots.encode(y=share, tooltip=tip) + names, width, height)
-
-
 def law_chart(width: int = 385, height: int = 240) -> dict[str, Any]:
     """Text loss against size with the fitted law (dataset `onset`: x, y, low, high)."""
     loss = alt.Y("value:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=12))
     fit = alt.Chart(alt.NamedData("rungs")).mark_line(color=ORANGE, strokeWidth=1.5)
     fit = fit.encode(x=_x("params", AXES["params"]), y=alt.Y("fitted:Q"))
-    return _finish(fit + _points("params", loss), width, height)
+    return finish(fit + _points("params", loss), width, height)
 
 
-def _by_size() -> Drawing:
-    """The end of training against size: onset, chance, interval, mean, seeds."""
+def _by_size(height: int) -> Drawing:
+    """The end of training against size: onset, chance, interval, mean, seeds, and the mean that
+    `independent` tokens would give.
+    """
     x = _x("params", AXES["params"])
     onset = alt.Chart(alt.NamedData("onset"))
     rungs = alt.Chart(alt.NamedData("rungs")).encode(x=x)
+    independent = alt.Chart(alt.NamedData("independent")).encode(x=x)
     label = onset.mark_text(align="left", dx=5, dy=-4, fontSize=11, color=ORANGE, baseline="bottom")
     return alt.layer(
         onset.mark_rect(color=ORANGE, opacity=0.15).encode(x=alt.X("low:Q"), x2="high:Q"),
@@ -134,12 +169,13 @@ def _by_size() -> Drawing:
         *_chance(),
         rungs.mark_area(color=BLUE, opacity=0.18).encode(y=alt.Y("low:Q"), y2="high:Q"),
         rungs.mark_line(color=BLUE, strokeWidth=1.5).encode(y="mean:Q"),
+        independent.mark_line(color=BLUE, strokeWidth=1.2, strokeDash=[2, 3]).encode(y="mean:Q"),
         _points("spread", _y()),
-        label.encode(x="onset:Q", y=alt.value(240), text="label:N"),
+        label.encode(x="onset:Q", y=alt.value(height), text="label:N"),
     )
 
 
-def _by_path(x: str) -> Drawing:
+def _by_path(x: str, sizes: Sequence[int]) -> Drawing:
     """Every evaluation of every seed as a line, its end as a point, coloured by size."""
     path = alt.Chart(alt.NamedData("seeds")).transform_filter(
         f"isValid(datum.{x}) && datum.{x} > 0"
@@ -149,13 +185,13 @@ def _by_path(x: str) -> Drawing:
         y=_y(),
         order="step:Q",
         detail=["point:N", "replica:N"],
-        color=_size_colour(),
+        color=size_colour(sizes),
     )
     ends = path.transform_filter("datum.final").mark_point(filled=True, opacity=0.9, size=38)
     ends = ends.encode(
         x=_x(x, AXES[x]),
         y="value:Q",
-        color=_size_colour(),
+        color=size_colour(sizes),
         shape=_role(),
         tooltip=_tooltip(),
     )
@@ -210,7 +246,8 @@ def _role() -> alt.Shape:
     return alt.Shape("role:N", scale=scale, legend=None)
 
 
-def _size_colour() -> alt.Color:
+def size_colour(sizes: Sequence[int] = ()) -> alt.Color:
+    """Sizes as steps of viridis; those of `sizes` keep their colour in every chart."""
     legend = alt.Legend(
         title="parameters",
         orient="bottom",
@@ -220,28 +257,63 @@ def _size_colour() -> alt.Color:
         labelExpr="format(datum.value, '.3~s')",
     )
     scale = alt.Scale(scheme="viridis", reverse=True)
+    if sizes:
+        scale = alt.Scale(domain=list(sizes), range=viridis(len(sizes)))
     return alt.Color("params:O", scale=scale, legend=legend)
 
 
 def _tooltip() -> list[alt.Tooltip]:
-    fields = ["point:N", "replica:N", "params:Q", "value:Q", "stderr:Q", "n:Q", "status:N"]
+    fields = ["point:N", "replica:N", "params:Q", "value:Q", "stderr:Q", "n:Q"]
     return [alt.Tooltip(f) for f in [*fields, "tokens:Q", "flops:Q", "text_loss:Q"]]
 
 
-def _finish(chart: Drawing, width: int, height: int) -> dict[str, Any]:
+def finish(
+    chart: Drawing,
+    width: int,
+    height: int,
+    compact: bool = False,
+    sizes: Sequence[int] = (),
+) -> dict[str, Any]:
     """Size, title on the left above the plot instead of a turned y-title, and quiet axes."""
+    small = 10 if compact else 12
     title = alt.TitleParams(
         "", anchor="start", frame="group", fontSize=13, fontWeight="normal", offset=8
     )
     chart = chart.properties(width=width, height=height, title=title)
     chart = chart.configure_view(stroke=None).configure(font=FONT, background="white")
     chart = chart.configure_axis(
-        labelFontSize=12,
+        labelFontSize=small,
         titleFontSize=12,
         titleFontWeight="normal",
         titlePadding=8,
         gridColor="#eeeeee",
         domainColor="#999999",
         tickColor="#999999",
+        labelColor="#333333",
     ).configure_legend(titleFontSize=12, labelFontSize=12, titleFontWeight="normal")
-    return chart.to_dict(validate=False)
+    spec = chart.to_dict(validate=False)
+    return _compact(spec, nice(sizes)) if compact else spec
+
+
+def _compact(spec: dict[str, Any], labelled: Sequence[float]) -> dict[str, Any]:
+    """A chart for many side by side: no titles, no legend, few ticks, small points."""
+    del spec["title"]
+    spec["config"] |= {"legend": {"disable": True}, "padding": 3}
+    chance = [la for la in spec["layer"] if la["data"]["name"] == "chance"]
+    spec["layer"] = [la for la in spec["layer"] if la not in chance or la["mark"]["type"] == "rule"]
+    for layer in spec["layer"]:
+        if layer["mark"]["type"] == "point":
+            layer["mark"] |= {"size": 20, "strokeWidth": 1.3}
+        if layer["mark"]["type"] == "text":
+            layer["mark"]["fontSize"] = 10
+        for axis, ticks in (("x", 3), ("y", 4)):
+            channel = layer["encoding"].get(axis, {})
+            if "scale" in channel:
+                channel["title"] = None
+                channel["axis"] = {**channel.get("axis", {}), "tickCount": ticks}
+            if channel.get("field") in ("params", "spread") and labelled:
+                channel["axis"] |= {"values": list(labelled), "labelOverlap": False}
+    return spec
+
+
+_finish = finish  # its name until lm.emergence.published says `finish`

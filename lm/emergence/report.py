@@ -2,18 +2,22 @@
 
 `write` leaves in the run directory what can be rebuilt from it at any time: `analysis.json`,
 `table.parquet`, `figures/*.png` and `report.html`. Nothing is computed twice: `analysis.json`
-holds the hash of everything it was made from (rows, results, study, and the analysis's own
-source), and where that still holds `write` returns at once, without importing pandas.
+holds the hash of everything it was made from (rows, results, predictions, study, and the
+analysis's own source), and where that still holds `write` returns at once, without pandas.
 
 A study may be unfinished: only cells with a result are fitted, every row is drawn, and the page
 says what is missing.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import asdict
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +28,29 @@ from lm.rundir import AnyPath, read_json, write_bytes, write_json
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lm.emergence.onset import Shape, Verdict
+    from lm.emergence.page_facts import Share
     from lm.emergence.scaling import Law
 
 SECONDS = ("compile", "train", "eval", "total")
 INPUTS = ("config.json", "environment.json", "rows.jsonl", "result.json")
 LIBRARIES = ("altair", "numpy", "pandas", "scipy", "vl-convert-python")
 MADE = ("table.parquet", "report.html")
+MOST_PROCESSES = 8  # more wait for the slowest ability
+FEW = 4  # abilities or figures that are not worth a process
+
+
+@contextlib.contextmanager
+def _pool(processes: int) -> "Iterator[Share]":
+    """A `map` that shares out its items among processes where that is worth their start."""
+    # Not forked: a caller may have threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+
+        def share(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+            items = list(items)
+            return map(function, items) if len(items) <= FEW else pool.map(function, items)
+
+        yield share if processes > 1 else map
 
 
 def analyse(workdir: AnyPath) -> dict[str, Any]:
@@ -38,8 +58,12 @@ def analyse(workdir: AnyPath) -> dict[str, Any]:
     return _analyse(Path(workdir), *_load(workdir))
 
 
-def write(workdir: AnyPath) -> Path:
-    """Writes analysis, table, figures and page unless they are up to date; returns the page."""
+def write(workdir: AnyPath, processes: int = 1) -> Path:
+    """Writes analysis, table, figures and page unless they are up to date; returns the page.
+
+    With several processes abilities are shared out; the caller's script must then be importable
+    (`if __name__ == "__main__"`), as `multiprocessing` asks.
+    """
     workdir = Path(workdir)
     target = workdir / "report.html"
     if _fresh(workdir):
@@ -48,11 +72,14 @@ def write(workdir: AnyPath) -> Path:
 
     (workdir / "analysis.json").unlink(missing_ok=True)
     frame, problems = _load(workdir)
-    analysis = _analyse(workdir, frame, problems)
-    table.write_cache(workdir, frame)
-    content = page_data.content(frame, analysis, _study(workdir), _cells(workdir))
+    with _pool(processes) as share:
+        analysis = _analyse(workdir, frame, problems, share)
+        table.write_cache(workdir, frame)
+        about = _study(workdir), _cells(workdir), workdir.resolve().name
+        content = page_data.content(frame, analysis, *about)
+        figures = page_data.figures(content, share)
     (workdir / "figures").mkdir(exist_ok=True)
-    for name, data in page_data.figures(content).items():
+    for name, data in figures.items():
         write_bytes(workdir / "figures" / f"{name}.png", data)
     write_bytes(target, page.render(content).encode())
     write_json(workdir / "analysis.json", analysis)  # last: it vouches for the rest
@@ -69,7 +96,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("workdir", help="the run directory of a study")
     parser.add_argument("--json", action="store_true", help="print the analysis as JSON")
     arguments = parser.parse_args(argv)
-    page = write(arguments.workdir)
+    page = write(arguments.workdir, min(os.cpu_count() or 1, MOST_PROCESSES))
     analysis = read_json(page.with_name("analysis.json"))
     if arguments.json:
         print(json.dumps(analysis, indent=2))
@@ -83,15 +110,21 @@ def show(analysis: dict[str, Any], page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lm.emergence.words import STYLE, between, si
+    from lm.emergence.words import STYLE, between, p_value, si
 
     console = Console(width=100)
-    grid = Table("task", "level", "verdict", "begins at", "95% interval", "why", box=None)
+    grid = Table(box=None, pad_edge=False)
+    for name in ("task", "level", "verdict", "begins at", "95% interval", "p"):
+        grid.add_column(name, no_wrap=True)
+    grid.add_column("why", ratio=1)
+    ability = None
     for row in analysis["verdicts"]:
-        colour = STYLE[row["verdict"]].terminal
-        verdict = f"[{colour}]{row['verdict']}[/]"
-        cells = (si(row["onset_params"]), between(row["ci95"]), row["reason"])
-        grid.add_row(row["task"], row["level"], verdict, *cells)
+        if row["ability"] != ability and len({v["ability"] for v in analysis["verdicts"]}) > 1:
+            ability = row["ability"]
+            grid.add_row(f"[dim]{ability}[/]")
+        verdict = f"[{STYLE[row['verdict']].terminal}]{row['verdict']}[/]"
+        cells = (si(row["onset_params"]), between(row["ci95"]), p_value(row["p_holm"]))
+        grid.add_row(row["task"], row["level"], verdict, *cells, row["reason"])
     console.print(grid)
     law = analysis["scaling"]
     if law["alpha"] is not None:
@@ -112,30 +145,70 @@ def _load(workdir: AnyPath) -> tuple["pd.DataFrame", list[str]]:
     return frame, problems
 
 
-def _analyse(workdir: Path, frame: "pd.DataFrame", problems: list[str]) -> dict[str, Any]:
-    from lm.emergence import onset, scaling
+def _analyse(
+    workdir: Path, frame: "pd.DataFrame", problems: list[str], share: "Share" = map
+) -> dict[str, Any]:
+    from lm.emergence import page_facts, scaling
 
     study, cells = _study(workdir), _cells(workdir)
+    sha256, inputs = table.table_sha256(frame), _inputs(workdir)
     done = {name for name, cell in cells.items() if cell["status"] == "done"}
     finished = frame[frame["cell"].isin(done)]
     laws = {axis: scaling.text_law(finished, axis) for axis in ("params", "flops")}
-    verdicts = onset.verdicts(finished) if len(finished) else []
     return {
         "study": study["name"],
         "points": int(frame["point"].nunique()),
         "replicas": len(frame[["point", "replica"]].drop_duplicates()),
         "rows": len(frame),
-        "verdicts": [_verdict(verdict) for verdict in verdicts],
+        "verdicts": page_facts.abilities(finished, study, workdir, share),
         "scaling": _law(laws["params"]),
         "scaling_flops": _law(laws["flops"]),
+        "predictions": _predictions(workdir),
         "seconds": {
             key: sum(cell["seconds"].get(key) or 0.0 for cell in cells.values()) for key in SECONDS
         },
         "notes": _notes(study, cells, frame) + problems,
         "fingerprint": study.get("fingerprint"),
-        "table_sha256": table.table_sha256(frame),
-        "inputs_sha256": _inputs(workdir),
+        "table_sha256": sha256,
+        "inputs_sha256": inputs,
     }
+
+
+def _predictions(workdir: Path) -> dict[str, Any]:
+    """What was frozen, the scores of what came, and a sentence for every file that was changed."""
+    nothing: dict[str, Any] = {"files": [], "scores": [], "problems": []}
+    if not any((workdir / "predictions").glob("*.json")):
+        return nothing
+    from lm.emergence import predict
+
+    frozen, problems = predict.frozen(workdir)
+    scores, _ = predict.score(workdir)
+    files = [
+        {
+            **{"name": file.path.name, "sha256": read_json(file.path)["sha256"]},
+            **{key: file.content[key] for key in ("time", "up_to", "sizes", "targets", "rows")},
+            **{key: file.content.get(key) for key in ("git_commit", "version")},
+            "predictions": [
+                {key: p[key] for key in p if key != "quantiles"}
+                for p in file.content["predictions"]
+            ],
+        }
+        for file in frozen
+    ]
+    parts = [
+        {"registered": registered, **row}
+        for registered in (True, False)
+        for row in predict._records([s for s in scores if s.registered == registered])
+    ]
+    came = [
+        {
+            **{"source": s.source, "task": s.task, "level": s.level, "metric": s.metric},
+            **{"params": s.params, "value": s.value, "registered": s.registered},
+        }
+        for s in scores
+        if s.model == "onset"
+    ]
+    return {"files": files, "scores": parts, "came": came, "problems": problems}
 
 
 def _notes(study: dict[str, Any], cells: dict[str, Any], frame: "pd.DataFrame") -> list[str]:
@@ -151,49 +224,13 @@ def _notes(study: dict[str, Any], cells: dict[str, Any], frame: "pd.DataFrame") 
     return notes
 
 
-def _verdict(verdict: "Verdict") -> dict[str, Any]:
-    return {
-        "task": verdict.task,
-        "level": verdict.level,
-        "metric": "exact_match",
-        "verdict": verdict.verdict,
-        "onset_params": _number(verdict.onset),
-        "ci95": _ends(verdict.ci95),
-        "chance": _number(verdict.chance),
-        "reason": verdict.reason,
-        "exact_match": _shape(verdict.exact),
-        "continuous": _shape(verdict.continuous),
-        "sizes": verdict.sizes,
-        "floor_sizes": verdict.floor_sizes,
-        "seeds": verdict.seeds,
-        "diverged": verdict.diverged,
-    }
-
-
-def _shape(shape: "Shape | None") -> dict[str, Any] | None:
-    if shape is None:
-        return None
-    numbers = {
-        key: _number(value) for key, value in asdict(shape).items() if isinstance(value, float)
-    }
-    intervals = {"onset_ci": _ends(shape.onset_ci), "width_ci": _ends(shape.width_ci)}
-    return {"metric": shape.metric, "best": shape.best, "word": shape.word, **numbers, **intervals}
-
-
 def _law(law: "Law | None") -> dict[str, Any]:
+    from lm.emergence import page_facts
+
     if law is None:
         return {"alpha": None, "ci95": None, "n": 0}
-    numbers = {"alpha": law.alpha, "ci95": _ends(law.ci95), "n": law.n}
+    numbers = {"alpha": law.alpha, "ci95": page_facts.ends(law.ci95), "n": law.n}
     return {**numbers, "form": law.form, "E": law.e, "A": law.a, "sizes": law.sizes}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if abs(value) < float("inf") else None  # False for NaN as well
-
-
-def _ends(pair: tuple[float, float]) -> list[float] | None:
-    low, high = map(_number, pair)
-    return None if low is None or high is None else [low, high]
 
 
 def _study(workdir: Path) -> dict[str, Any]:
@@ -231,7 +268,8 @@ def _inputs(workdir: Path) -> str:
     digest = hashlib.sha256()
     own = sorted(Path(__file__).parent.glob("*.py"))
     read = [cell / name for cell in table.cells(workdir) for name in INPUTS]
-    for path in [*own, workdir / "study.json", *read]:
+    predicted = sorted((workdir / "predictions").glob("*.json"))
+    for path in [*own, workdir / "study.json", *predicted, *read]:
         content = path.read_bytes() if path.exists() else b""
         digest.update(f"{path.parent.name}/{path.name}:{len(content)}\n".encode() + content)
     for name in LIBRARIES:

@@ -10,7 +10,9 @@ bootstrap that resamples seeds first and items within seeds second.
     threshold = chance + max(ceiling - chance, 0.2) / 2,     ceiling = best rung mean,
 
 where the 0.2 (`LEAST_RISE`, the least rise that counts as an ability beginning) keeps the mark
-out of the noise of a task that nothing has learned.
+out of the noise of a task that nothing has learned. The share of seeds above it is P(breakthrough |
+size), and the mean of those alone says how good the ability is where there is one. Whether the
+seeds fall into two groups at all is asked of the mixture in `lm.emergence.bimodal`.
 """
 
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from lm.emergence.bimodal import modes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +37,12 @@ class Interval(NamedTuple):
 
 
 class Rung(NamedTuple):
-    """The seeds of one size on one metric, summarised."""
+    """The seeds of one size on one metric, summarised.
+
+    `through` of `seeds` broke through, a share with the interval `share_low`, `share_high`;
+    `success` is their mean with its interval (NaN where none did). `dip_p` and `gain` are the
+    evidence for two groups: p of the dip, BIC of the mixture (NaN with fewer than 4 seeds).
+    """
 
     params: int
     seeds: int
@@ -45,6 +54,12 @@ class Rung(NamedTuple):
     through: int
     share_low: float
     share_high: float
+    success: float = float("nan")
+    success_low: float = float("nan")
+    success_high: float = float("nan")
+    bimodal: bool = False
+    dip_p: float = float("nan")
+    gain: float = float("nan")
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
@@ -87,7 +102,7 @@ def rungs(curve: "pd.DataFrame") -> Iterator[Rung]:
     """One summary per size of the rows of one task, level and metric, smallest size first.
 
     `curve` has one finished row per seed. Rates (rows with a chance) have a threshold; of other
-    metrics `through` is 0 and its interval [0, 1].
+    metrics `through` is 0 and its interval [0, 1], and nothing is said of groups.
     """
     if curve.empty:
         return
@@ -100,5 +115,12 @@ def rungs(curve: "pd.DataFrame") -> Iterator[Rung]:
         through = int((values > mark).sum())
         share = wilson(through, len(values) if rate else 0)
         ends = values.min(), values.max()
-        mean = values.mean()
-        yield Rung(params, len(values), mean, *interval(draws), *ends, through, *share)
+        rest = params, len(values), values.mean(), *interval(draws), *ends, through, *share
+        if not rate:
+            yield Rung(*rest)
+            continue
+        found, above = modes(values, n), values > mark
+        won = (float("nan"),) * 3
+        if through:
+            won = values[above].mean(), *interval(bootstrap_rung(values[above], n[above], None))
+        yield Rung(*rest, *won, found.bimodal, found.dip_p, found.gain)

@@ -31,11 +31,11 @@ COLUMNS: dict[str, type] = {
     **{"layers": int, "width": int, "params": int, "params_total": int},
     **{"seed_init": int, "seed_data": int, "seed_dropout": int, "seed_eval": int},
     **{"learning_rate": float, "step": int, "tokens": int, "flops": float},
-    **{"task": str, "level": str, "metric": str},
+    **{"task": str, "level": str, "format": int, "metric": str},
     **{"value": float, "stderr": float, "n": int, "chance": float},
     **{"status": str, "attempt": int, "seconds": float},
 }
-IDENTITY = ("point", "replica", "step", "task", "level", "metric")
+IDENTITY = ("point", "replica", "step", "task", "level", "format", "metric")
 TIMING = ("attempt", "seconds")
 NULLABLE = ("value", "stderr", "chance")
 CHOICES = {"role": ("ladder", "control"), "status": ("ok", "diverged")}

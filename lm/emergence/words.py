@@ -21,6 +21,29 @@ STYLE = {
 }
 
 
+ABILITIES = ("in-context", "logic", "commonsense", "code", "arithmetic", "control")
+OTHER = "other"  # of a study that does not say
+
+
+def ability_order(name: str) -> tuple[int, str]:
+    """The place of an ability on the page."""
+    return (ABILITIES.index(name) if name in ABILITIES else len(ABILITIES), name)
+
+
+def p_value(p: float | None) -> str:
+    """A p-value in one or two digits: 0.03, 2e-5, < 1e-15; a dash for None."""
+    if p is None:
+        return "–"
+    if p < 1e-15:
+        return "< 1e-15"
+    return f"{p:.2g}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
 def si(value: float | None) -> str:
     """A size in three digits: 784, 1.57k, 24.7k, 1.2M; a dash for None."""
     if value is None:

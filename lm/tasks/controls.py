@@ -6,15 +6,35 @@ Markov chain. The answer follows from the last character, the best negative log-
 chain's entropy rate, and the road there is smooth: a verdict "emergent" would be a false alarm.
 """
 
+import dataclasses
+
 import numpy as np
 
 from lm.tasks.task import Example, Task, split_of
 
 KEYS = 4096
 LABELS = "WXYZ"
+LABEL_FORMATS = ("#{k:03x}=", "{k:03x}: ", "[{k:03X}]", "label of {k:04d} is ", "<{k:012b}>")
 HELD_OUT = 0.25  # about 1,000 distinct test keys
 STATES = "klmnopqrst"
 WORLD = 20260101  # the seed of the fixed tables: one world for every study
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """One way to write a chain: what stands before it, and between its characters."""
+
+    before: str
+    between: str
+
+
+CHAIN_FORMATS = (
+    Chain("", ""),
+    Chain("", " "),
+    Chain("~", ""),
+    Chain("chain:", ""),
+    Chain("", "-"),
+)
 
 
 def _labels() -> list[str]:
@@ -29,17 +49,17 @@ def _labels() -> list[str]:
     return labels
 
 
-def random_labels() -> Task:
+def random_labels(format: int = 0) -> Task:
     """A random label for each key; must stay at chance on held-out keys."""
-    labels = _labels()
+    labels, form = _labels(), LABEL_FORMATS[format]
 
     def generate(rng: np.random.Generator, n: int, turns: int) -> list[Example]:
         return [
-            Example(f"#{k:03x}=", labels[k], tuple(LABELS), f"random_labels:{k}")
+            Example(form.format(k=k), labels[k], tuple(LABELS), f"random_labels:{k}")
             for k in rng.integers(0, KEYS, n).tolist()
         ]
 
-    return Task("random_labels", str(len(LABELS)), generate, held_out=HELD_OUT)
+    return Task("random_labels", str(len(LABELS)), generate, "control", format, held_out=HELD_OUT)
 
 
 def transitions() -> np.ndarray:
@@ -57,10 +77,11 @@ def entropy_rate(matrix: np.ndarray) -> float:
     return float(-np.sum(stationary(matrix)[:, None] * matrix * np.log(matrix)))
 
 
-def bigram(length: int = 29) -> Task:
+def bigram(length: int = 29, format: int = 0) -> Task:
     """Next character of the chain; a training example is a chain with every character an answer."""
     cumulative = transitions().cumsum(axis=1)
     start = stationary(transitions()).cumsum()
+    form = CHAIN_FORMATS[format]
 
     def generate(rng: np.random.Generator, n: int, turns: int) -> list[Example]:
         chain = np.empty((n, length), np.int64)
@@ -70,14 +91,15 @@ def bigram(length: int = 29) -> Task:
             chain[:, t] = (noise[:, t, None] > cumulative[chain[:, t - 1], :-1]).sum(axis=1)
         prefix = np.full(n, length - turns) if turns > 1 else rng.integers(1, length, n)
         return [
-            _chain_example("".join(STATES[i] for i in c), p, turns)
+            _chain_example(form, "".join(STATES[i] for i in c), p, turns)
             for c, p in zip(chain, prefix, strict=True)
         ]
 
-    return Task("bigram", "1", generate, turns=length - 1, prompt_rules=False)
+    return Task("bigram", "1", generate, "control", format, turns=length - 1, prompt_rules=False)
 
 
-def _chain_example(text: str, prefix: int, turns: int) -> Example:
+def _chain_example(form: Chain, text: str, prefix: int, turns: int) -> Example:
     rest = text[prefix : prefix + turns]
-    more = tuple(("", character) for character in rest[1:])
-    return Example(text[:prefix], rest[0], tuple(STATES), f"bigram:{text}", more)
+    more = tuple((form.between, character) for character in rest[1:])
+    prompt = form.before + "".join(character + form.between for character in text[:prefix])
+    return Example(prompt, rest[0], tuple(STATES), f"bigram:{text}", more)

@@ -21,6 +21,9 @@ import numpy as np
 from lm.config import UserError
 
 Split = Literal["train", "validation", "test"]
+Ability = Literal["in-context", "logic", "commonsense", "code", "arithmetic", "control"]
+ROW = 63  # characters of a training example at most: 65 tokens less <bos> and <eos>
+FORMATS = 5  # every task can be asked in so many ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,17 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A generated ability at one level; `generate(rng, n, turns)` gives `n` examples of any split
-    with up to `turns` turns.
+    """A generated ability at one level in one prompt format, 0 being the canonical one;
+    `generate(rng, n, turns)` gives `n` examples of any split with up to `turns` turns.
+
+    The formats of a task ask the same questions in other words: answers and keys are the same.
     """
 
     name: str
     level: str
     generate: Callable[[np.random.Generator, int, int], list[Example]]
+    ability: Ability
+    format: int = 0
     turns: int = 1  # of a training example; a test item has one, so that items are independent
     held_out: float = 0.05  # share of keys in the test split, and again in the validation split
     # False where one character of the prompt is the answer's true cause and not its format.
@@ -104,6 +111,12 @@ def assert_disjoint(task: Task, train: Sequence[Example], test: Sequence[Example
         raise AssertionError(
             f"{task.name}/{task.level}: key {min(shared)!r} is in train and in test"
         )
+
+
+def turns_in_row(two: Example) -> int:
+    """How many turns fill a row, given an example of two."""
+    prompt, answer = two.more[0]
+    return 1 + (ROW - len(two.prompt + two.answer)) // len(prompt + answer)
 
 
 def tokens(example: Example, encode: Callable[[str], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

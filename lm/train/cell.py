@@ -27,7 +27,7 @@ TEXT = "text"
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
     """One source of a batch: `rows` of it, its weight in the loss, and for an ability how many
-    examples are drawn once.
+    examples are drawn once, and in how many prompt formats it is trained and tested.
     """
 
     task: str
@@ -35,11 +35,13 @@ class MixtureConfig:
     level: str = ""
     weight: float = 1.0
     examples: int = 20_000
+    formats: int = 1
 
     def __post_init__(self) -> None:
         positive("rows", self.rows)
         within("weight", self.weight, 0)
         positive("examples", self.examples)
+        within("formats", self.formats, 1, tasks.FORMATS)
         if self.task != TEXT:
             tasks.task(self.task, self.level)
 

@@ -57,8 +57,10 @@ def train(
     attempt, changed = _begin(cell, folder, devices)
     prepared = mixture.load(cell, data)
     abilities = {k: v for k, v in prepared.test.items() if k[0] != TEXT}
-    test = make_test_set(abilities, prepared.test[TEXT, ""], cell.eval.text_rows, cell.eval.batch)
-    chances = {(t["task"], t["level"]): t["chance"] for t in prepared.tasks}
+    test = make_test_set(
+        abilities, prepared.test[TEXT, "", 0], cell.eval.text_rows, cell.eval.batch
+    )
+    chances = {(t["task"], t["level"], t["format"]): t["chance"] for t in prepared.tasks}
     record = Recorder(cell, folder, attempt, chances)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:

@@ -8,6 +8,7 @@ in test is asserted here, on the very examples that are written.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lm.config import UserError, fingerprint, to_dict
 from lm.data import prepare as packing
 from lm.data import sources, tokenizer
 from lm.data.loader import Loader, MixtureItem
+from lm.eval.score import CHOICES
+from lm.eval.suite import Key
 from lm.rundir import read_json, write_json
 from lm.train.cell import TEXT, Cell, DataConfig, MixtureConfig
 
@@ -27,17 +30,21 @@ POOL_SEED = 0  # draws the training examples; the order in which replicas see th
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Packed arrays by (task, level), and what is known of each task: its chance and baselines."""
+    """Packed arrays for training by (task, level), for testing by (task, level, format), and what
+    is known of each task: its chance and baselines.
+    """
 
     tokenizer: tokenizer.Tokenizer
     train: dict[tuple[str, str], packing.Packed]
-    test: dict[tuple[str, str], packing.Packed]
+    test: dict[Key, packing.Packed]
     tasks: list[dict[str, Any]]
 
 
 def folder(cell: Cell, data: Path) -> Path:
     """Where a cell's data lies below `data`: a fingerprint of all that it depends on."""
-    mixture = {k: (m.task, m.level, m.examples) for k, m in sorted(cell.data.mixture.items())}
+    mixture = {
+        k: (m.task, m.level, m.examples, m.formats) for k, m in sorted(cell.data.mixture.items())
+    }
     about = {
         "source": to_dict(cell.data.source),
         "tokenizer": to_dict(cell.data.tokenizer),
@@ -76,7 +83,7 @@ def prepare(cell: Cell, data: Path, say: Callable[[str], None] = lambda _: None)
     known = []
     for item in _abilities(cell.data):
         say(f"drawing {item.task}/{item.level}")
-        known.append(_prepare_task(cell, item, trained, where))
+        known += _prepare_task(cell, item, trained, where)
     write_json(where / "tasks.json", {"tasks": known})  # last: its presence says that all is there
     return where
 
@@ -89,15 +96,17 @@ def load(cell: Cell, data: Path) -> Prepared:
             f"{where} holds no prepared data; give the `lm run` command again to prepare it"
         )
     trained = tokenizer.load(where / "tokenizer")
-    parts: dict[str, dict[tuple[str, str], packing.Packed]] = {}
-    for split in ("train", "test"):
-        parts[split] = {(TEXT, ""): packing.load(where / f"text-{split}", trained.sha256)}
-        for item in _abilities(cell.data):
-            found = packing.load(where / f"{item.task}-{item.level}-{split}", trained.sha256)
-            parts[split][item.task, item.level] = found
-    return Prepared(
-        trained, parts["train"], parts["test"], read_json(where / "tasks.json")["tasks"]
-    )
+
+    def read(name: str) -> packing.Packed:
+        return packing.load(where / name, trained.sha256)
+
+    train: dict[tuple[str, str], packing.Packed] = {(TEXT, ""): read("text-train")}
+    test: dict[Key, packing.Packed] = {(TEXT, "", 0): read("text-test")}
+    for item in _abilities(cell.data):
+        train[item.task, item.level] = read(f"{item.task}-{item.level}-train")
+        for format in range(item.formats):
+            test[item.task, item.level, format] = read(f"{item.task}-{item.level}-test-{format}")
+    return Prepared(trained, train, test, read_json(where / "tasks.json")["tasks"])
 
 
 def loaders(cell: Cell, prepared: Prepared) -> list[Loader]:
@@ -115,26 +124,62 @@ def _abilities(data: DataConfig) -> list[MixtureConfig]:
 
 def _prepare_task(
     cell: Cell, item: MixtureConfig, trained: tokenizer.Tokenizer, where: Path
-) -> dict[str, Any]:
-    task = tasks.task(item.task, item.level)
-    train = tasks.examples(task, "train", POOL_SEED, item.examples, task.turns)
-    test = tasks.items(task, "test", cell.replicas[0].eval, cell.eval.items)
-    tasks.assert_disjoint(task, train, test)
-    about = {"task": task.name, "level": task.level, "tokenizer_sha256": trained.sha256}
-    for split, examples in (("train", train), ("test", test)):
-        to = where / f"{task.name}-{task.level}-{split}"
-        if not to.exists():
-            packed = packing.pack(_documents(examples, trained), "fit", cell.data.length)
-            packing.save(to, dataclasses.replace(packed, about=about | {"split": split}))
-    chance = tasks.chance(task)
-    return {
-        "task": task.name,
-        "level": task.level,
-        "chance": chance.value,
-        "baselines": chance.baselines,
-        "items": len(test),
-        "train_examples": len(train),
-    }
+) -> list[dict[str, Any]]:
+    """Packs an ability, and says what is known of it in each of its formats."""
+    formats = [tasks.task(item.task, item.level, f) for f in range(item.formats)]
+    train = [
+        example
+        for f, task in enumerate(formats)
+        for example in tasks.examples(
+            task, "train", POOL_SEED + f, math.ceil(item.examples / item.formats), task.turns
+        )
+    ]
+    about = {"task": item.task, "level": item.level, "tokenizer_sha256": trained.sha256}
+    _pack(where / f"{item.task}-{item.level}-train", train, trained, cell, about)
+    known = []
+    for f, task in enumerate(formats):
+        # The same seed in every format: the same questions in other words.
+        test = tasks.items(task, "test", cell.replicas[0].eval, cell.eval.items)
+        tasks.assert_disjoint(task, train, test)
+        listed = {"choices": _choices(test, trained)}
+        name = f"{item.task}-{item.level}-test-{f}"
+        _pack(where / name, test, trained, cell, about | listed)
+        chance = tasks.chance(task)
+        known.append(
+            {
+                **{"task": task.name, "level": task.level, "format": f, "ability": task.ability},
+                **{"chance": chance.value, "baselines": chance.baselines},
+                **{"items": len(test), "train_examples": len(train)},
+            }
+        )
+    return known
+
+
+def _pack(
+    to: Path,
+    examples: Sequence[tasks.Example],
+    trained: tokenizer.Tokenizer,
+    cell: Cell,
+    about: dict[str, Any],
+) -> None:
+    if not to.exists():
+        packed = packing.pack(_documents(examples, trained), "fit", cell.data.length)
+        packing.save(to, dataclasses.replace(packed, about=about))
+
+
+def _choices(test: Sequence[tasks.Example], trained: tokenizer.Tokenizer) -> list[list[int]]:
+    """The token ids of every item's choices, the right one first; none for all items where one
+    has too many, or choices of several tokens.
+    """
+    found = []
+    for example in test:
+        ordered = sorted(set(example.choices), key=lambda choice: choice != example.answer)
+        ids = [trained.encode(choice) for choice in ordered]
+        alone = all(len(i) == 1 for i in ids) and ordered[:1] == [example.answer]
+        if not alone or not 2 <= len(ids) <= CHOICES:
+            return []
+        found.append([int(i[0]) for i in ids])
+    return found
 
 
 def _documents(

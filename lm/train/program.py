@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm import objectives
 from lm.config import UserError
 from lm.data.loader import Batch
-from lm.eval.score import Scores, make_scorer
+from lm.eval.score import Asked, Scores, make_scorer, nothing_asked
 from lm.models import fused as fused_kernel
 from lm.models.transformer import Transformer, mup_multipliers
 from lm.sharding import make_mesh
@@ -59,7 +59,7 @@ class Program:
     population: Population
     init: Callable[..., TrainState]
     run: Callable[[TrainState, Any], tuple[TrainState, Any]]
-    score: Callable[[Any, Batch], Scores]
+    score: Callable[[Any, Batch, Asked], Scores]
     mesh: Any
     seconds: float
     cost: Cost
@@ -134,7 +134,8 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
     with jax.set_mesh(mesh):
         lowered_init = _lower(cost, population.init, *numbers)
         lowered_run = _lower(cost, population.run, population.states, batches)
-        lowered_score = _lower(cost, scorer, one, jax.tree.map(np.asarray, rows))
+        asked = nothing_asked(*np.shape(rows.tokens))
+        lowered_score = _lower(cost, scorer, one, jax.tree.map(np.asarray, rows), asked)
         with _one_process_at_a_time(lowered_run):
             init = _compile(cost, lowered_init, INIT_OPTIONS[used[0].platform])
             run = _compile(cost, lowered_run)
@@ -144,7 +145,7 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
         init,
         run,
         # One replica of a stacked tree lies where XLA put it, a compiled program is strict.
-        lambda params, batch: score(jax.device_put(params, at_rest), batch),
+        lambda params, *rows: score(jax.device_put(params, at_rest), *rows),
         mesh,
         time.monotonic() - begin,
         cost,

@@ -16,13 +16,13 @@ from lm.emergence.metrics import Answers, Measure
 from lm.emergence.table import RowWriter
 from lm.eval.perplexity import text_metrics
 from lm.eval.score import Scores
-from lm.eval.suite import TestSet
+from lm.eval.suite import Key, TestSet
 from lm.rundir import JsonLines, now, sha256, write_json
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import TEXT, Cell, Replica
 from lm.train.step import ALIVE
 
-type Answered = dict[tuple[str, str], Answers]
+type Answered = dict[Key, Answers]
 
 
 @dataclasses.dataclass
@@ -38,9 +38,7 @@ class Clock:
 class Recorder:
     """Everything that one attempt writes into the cell's folder."""
 
-    def __init__(
-        self, cell: Cell, folder: Path, attempt: int, chances: dict[tuple[str, str], float]
-    ) -> None:
+    def __init__(self, cell: Cell, folder: Path, attempt: int, chances: dict[Key, float]) -> None:
         self.cell, self.folder, self.attempt, self.chances = cell, folder, attempt, chances
         counts = parameters(cell.model)
         self.size = {
@@ -65,13 +63,13 @@ class Recorder:
         self,
         who: Replica,
         step: int,
-        where: tuple[str, str],
+        where: Key,
         found: dict[str, Measure],
         ok: bool,
         seconds: float,
     ) -> None:
-        """Rows of one replica at one step for one task and level."""
-        task, level = where
+        """Rows of one replica at one step for one task, level and format."""
+        task, level, format = where
         rows = [
             {
                 **{
@@ -92,7 +90,7 @@ class Recorder:
                 "step": step,
                 "tokens": step * self.cell.tokens_per_step,
                 "flops": step * self.flops_per_step,
-                **{"task": task, "level": level, "metric": name},
+                **{"task": task, "level": level, "format": format, "metric": name},
                 **{"value": m.value if ok else None, "stderr": m.stderr if ok else None, "n": m.n},
                 "chance": self.chances.get(where) if name == "exact_match" else None,
                 "status": "ok" if ok else "diverged",
@@ -124,7 +122,7 @@ class Recorder:
         for who, loss, at in zip(self.cell.replicas, losses, diverged_at.tolist(), strict=True):
             ok = at == ALIVE
             mean = {"loss": Measure(float(loss.mean()), float("nan"), n)}
-            self.measure(who, step, ("train", "mixture"), mean, ok, seconds)
+            self.measure(who, step, ("train", "mixture", 0), mean, ok, seconds)
             if not ok and at >= step - n:
                 self.event("diverged", point=who.point, replica=who.index, step=at)
         alive = losses[diverged_at == ALIVE]
@@ -144,13 +142,13 @@ class Recorder:
         """The stored answers of one replica and the rows of every metric that follows from them."""
         name = f"answers/{step:08d}-{who.point}-{who.index}.npz"
         (self.folder / "answers").mkdir(exist_ok=True)
-        metrics.save(self.folder / name, {f"{t}.{v}": a for (t, v), a in answers.items()})
+        metrics.save(self.folder / name, {f"{t}.{v}.{f}": a for (t, v, f), a in answers.items()})
         self.event("answers", file=name, sha256=sha256(self.folder / name))
         for where, found in answers.items():
             self.measure(who, step, where, metrics.score(found), ok, seconds)
         weights = test.batches.weights.reshape(-1, self.cell.data.length)[test.text_rows]
         found_text = text_metrics(np.asarray(text.logprob), weights, test.text_bytes)
-        self.measure(who, step, (TEXT, "test"), found_text, ok, seconds)
+        self.measure(who, step, (TEXT, "test", 0), found_text, ok, seconds)
 
     def sync(self) -> None:
         """Returns when everything written so far is on the disk."""
