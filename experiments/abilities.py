@@ -20,7 +20,9 @@ from experiments import desk
 
 # size, learning rate, seeds
 LADDER = (
+    ("1x4", 8e-3, 5),
     ("2x4", 8e-3, 5),
+    ("1x6", 8e-3, 5),
     ("1x8", 8e-3, 5),
     ("2x6", 8e-3, 5),
     ("2x8", 8e-3, 5),
@@ -47,6 +49,7 @@ GROUPS = {
         *(("taxonomy", "exception", 8), ("taxonomy", "place", 8)),
     ),
     "code": (("recall", "3", 10), ("program", "0", 12), ("program", "1", 20), ("program", "2", 12)),
+    "aliases": (("recall", "3", 14), ("program", "0", 10), ("alias", "2", 30)),
     "arithmetic": (
         *(("reversed_addition", "1", 6), ("reversed_addition", "2", 16)),
         *(("reversed_addition", "3", 16), ("addition", "2", 6), ("modular", "23", 8)),

@@ -14,7 +14,7 @@ from lm import objectives
 from lm.config import UserError
 from lm.data.loader import Batch, read_rows
 from lm.data.prepare import document, pack
-from lm.eval.score import make_scorer
+from lm.eval.score import make_scorer, nothing_asked
 from lm.models import Transformer, TransformerConfig, initialise, mup_multipliers
 from lm.sharding import make_mesh
 from lm.train import mixture, optim
@@ -414,10 +414,11 @@ def test_a_cell_on_a_mesh_is_trained_and_scored():
         states = program.init(np.uint32([0, 1]), np.float32([1e-2, 1e-2]), np.uint32([0, 0]))
         states, losses = program.run(states, jax.device_put(stacked, program.population.batches))
         params = replica(states.params, 1)
-        found = program.score(params, rows)
-        elsewhere = program.score(jax.device_put(params, jax.devices()[3]), rows)
+        asked = nothing_asked(*rows.tokens.shape)
+        found = program.score(params, rows, asked)
+        elsewhere = program.score(jax.device_put(params, jax.devices()[3]), rows, asked)
     assert np.isfinite(losses).all()
     whole = jax.tree.map(np.asarray, params)
-    want = jax.jit(make_scorer(Transformer(cell.model)))(whole, rows)
+    want = jax.jit(make_scorer(Transformer(cell.model)))(whole, rows, asked)
     for scores in (found, elsewhere):
         np.testing.assert_allclose(scores.logprob, want.logprob, rtol=1e-4, atol=1e-5)

@@ -13,13 +13,14 @@ log10(parameters), seen from `first` to `last`, a rate follows one of
     x50 ~ U(first - 0.5, last + 0.1)     log10 w ~ U(log10 0.03, log10 4)     left = floor +- 20%
 
 A rise ends with all items right with probability 3/8, else uniformly. *The onset not yet seen*:
-it lies within 3 decades beyond the last size with probability 1/2, log-uniformly (1/6 a decade), as
+it lies within 3 decades beyond the last size with probability 3/4, log-uniformly (1/4 a decade), as
 `slide` or `split` with equal odds, no wider than a decade, with the same rise. Both numbers are
 fixed before the data. Seeds are beta-binomial, in `slide` half of the time with more scatter in
 mid-transition.
 
 A loss follows a slow line, any line or a decay to a limit (all of which may jump beyond the ladder,
-with the same odds), or a `slide` or `split` from a slow line to a lower level. Sizes scatter around
+with the same odds), a `slide` or `split` from a slow line to a lower level, or it rises from one as
+N^c: a model that memorises what it cannot learn is sure of wrong answers. Sizes scatter around
 their curve by tau and seeds around their size by s. The loss of text is a law, ln L of
 L = A N^-alpha or E + A N^-alpha, with tau and s.
 
@@ -38,7 +39,7 @@ from lm.emergence.shapes import Curve
 
 Kind = Literal["rate", "loss", "law"]
 REACH = 3.0  # decades beyond the last size in which an onset is expected; fixed before the data
-BEGINS = 0.5  # the prior probability that it begins there at all
+BEGINS = 0.75  # the prior probability that it begins there at all
 LEAST_SIZES = 4  # of fewer, a line and a jump are the same thing
 FIRST = 8000  # draws from the prior: a jump is a small part of it
 PARTICLES = 500
@@ -255,13 +256,16 @@ def _losses(curve: Curve) -> list[Family]:
             return left + (right - left) * share, np.ones((1, 1))
         if name == "still":
             return baseline(z, x), np.ones((1, 1))
+        if name == "rise":
+            grown = 10 ** (_between(z[:, 3:4], 0.2, 2.0) * np.minimum(x - sizes[-1], 2.0))
+            return baseline(z, x) + 1.5 * reach * z[:, 2:3] * grown, np.ones((1, 1))
         line, u = baseline(z, x), _step(z[:, 2:4], x, sizes)
         more = 1 + (10 ** (1.5 * _half(z[:, 5:6])) - 1) * 4 * u * (1 - u)
         return line + (level(z)[:, None] - line) * u, more
 
     def tau(name: str, z: np.ndarray) -> np.ndarray:
         """[G, 1]; where a jump explains the sizes, a tenth: else it would explain them twice."""
-        return noise(z[:, -2:-1]) * (0.1 if name in ("still", "slide") else 1.0)
+        return noise(z[:, -2:-1]) * (0.1 if name in ("still", "rise", "slide") else 1.0)
 
     def plain(name: str, d: int) -> Family:
         def loglik(z: np.ndarray) -> np.ndarray:
@@ -271,7 +275,7 @@ def _losses(curve: Curve) -> list[Family]:
         def draw(z: np.ndarray, x: float, rng: np.random.Generator) -> np.ndarray:
             middle, more = (v[:, 0] for v in mean(name, z, np.array([x])))
             sd = np.hypot(noise(z[:, -1]) * more, tau(name, z)[:, 0])
-            if name != "slide":
+            if name not in ("rise", "slide"):
                 middle = np.maximum(middle, 0)
                 drop = middle * (1 - rng.random(len(z)) ** 2)
                 middle = middle - drop * _begun(x, sizes[-1], len(z), rng)
@@ -293,8 +297,8 @@ def _losses(curve: Curve) -> list[Family]:
         sd = noise(np.where(through, z[:, 5], z[:, 6]))
         return np.maximum(middle + sd * rng.standard_normal(len(z)), 0)
 
-    few = [plain("still", 4), plain("line", 4), plain("decay", 5), plain("slide", 8)]
-    return [*few, Family("split", 7, split, draw_split)]
+    few = [plain("still", 4), plain("line", 4), plain("decay", 5), plain("rise", 6)]
+    return [*few, plain("slide", 8), Family("split", 7, split, draw_split)]
 
 
 def _laws(curve: Curve) -> list[Family]:

@@ -21,6 +21,7 @@ Only replicas of ladder points that finished are fitted. Every function is pure:
 in, records out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -48,7 +49,9 @@ FLOOR_SIZES = 3
 LEAST_SIZES = 5
 LEAST_SEEDS = 8  # on the whole ladder: with fewer, AICc of a transition is infinite
 LEAST_SPAN = 1.25 * shapes.SHARP_WIDTH  # on a shorter ladder even a straight line looks sharp
-CONTINUOUS = ("nll", "brier")
+# The loss of an answer falls while a model learns which answers are possible at all, long before it
+# can tell which is right; normalised over the choices, that part is not counted.
+CONTINUOUS = ("choice_brier", "nll", "brier")
 NOWHERE = Interval(float("nan"), float("nan"))
 
 
@@ -171,7 +174,7 @@ def judge(rows: "pd.DataFrame", seed: int = 0) -> Verdict:
     floors = floor_sizes(good)
     curve = rate_curve(good, chance)
     shape = describe(curve, "exact_match", 1, seed)
-    continuous = next((s for m in CONTINUOUS if (s := _continuous(rows, m, seed))), None)
+    continuous = [s for m in CONTINUOUS if (s := _continuous(rows, m, seed))]
     height, spread = curve.means[-2:].max() - chance, np.ptp(curve.means)
     late = curve.means[-1] - curve.means[-2] > 0.5 * spread
     ladder = Ladder(sizes, floors, float(height), float(spread), bool(late))
@@ -179,12 +182,16 @@ def judge(rows: "pd.DataFrame", seed: int = 0) -> Verdict:
     began = name in ("emergent", "metric-induced")
     onset = (shape.onset, shape.onset_ci) if began else (float("nan"), NOWHERE)
     return Verdict(
-        *(task, level, name, reason, float(chance), *onset, shape, continuous, *counts, floors)
+        *(task, level, name, reason, float(chance), *onset),
+        *(shape, continuous[0] if continuous else None, *counts, floors),
     )
 
 
-def decide(exact: Shape, continuous: Shape | None, ladder: Ladder) -> tuple[Name, str]:
-    """The decision tree of the definition, and the sentence that says why."""
+def decide(exact: Shape, continuous: Sequence[Shape], ladder: Ladder) -> tuple[Name, str]:
+    """The decision tree of the definition, and the sentence that says why; of the continuous
+    metrics, in order of worth, the first must agree to a jump, and any may show a wide curve where
+    exact match is too coarse.
+    """
     if exact.rise < -LEAST_CHANGE and exact.gain >= DECISIVE:
         return "inverse", f"exact match falls by {-exact.rise:.2f} along the ladder"
     if ladder.floors == ladder.sizes:
@@ -208,7 +215,7 @@ def decide(exact: Shape, continuous: Shape | None, ladder: Ladder) -> tuple[Name
         return "undetermined", "sharp and wide curves describe exact match about equally well"
     if ladder.height <= LEAST_RISE:
         return "undetermined", f"it jumps, but ends only {ladder.height:.2f} above chance"
-    return _agreement(continuous)
+    return _agreement(continuous[0] if continuous else None)
 
 
 def usable(rows: "pd.DataFrame") -> "pd.DataFrame":
@@ -289,10 +296,10 @@ def _too_little(rows: "pd.DataFrame") -> str:
     return ""
 
 
-def _without_floor(exact: Shape, continuous: Shape | None, floors: int) -> tuple[Name, str]:
+def _without_floor(exact: Shape, continuous: Sequence[Shape], floors: int) -> tuple[Name, str]:
     """It rises with too few sizes at chance to speak of a floor: smooth, where anything says so.
 
-    A rise below LEAST_RISE cannot be a jump; the continuous metric may show the curve that exact
+    A rise below LEAST_RISE cannot be a jump; a continuous metric may show the curve that exact
     match is too coarse for.
     """
     where = "already above chance at the smallest size"
@@ -301,8 +308,9 @@ def _without_floor(exact: Shape, continuous: Shape | None, floors: int) -> tuple
     small = exact.rise < LEAST_RISE
     if exact.word == "smooth" or (small and floors == 0):
         return "smooth", f"it rises by {exact.rise:.2f}, {where}"
-    if small and continuous is not None and continuous.word == "smooth":
-        return "smooth", f"it rises by {exact.rise:.2f}, and {continuous.metric} by a wide curve"
+    wide = next((shape.metric for shape in continuous if shape.word == "smooth"), None)
+    if small and wide:
+        return "smooth", f"it rises by {exact.rise:.2f}, and {wide} by a wide curve"
     return "undetermined", f"it rises by {exact.rise:.2f}, {where}"
 
 

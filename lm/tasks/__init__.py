@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lm.config import UserError
 from lm.tasks.arithmetic import addition, modular, reversed_addition
-from lm.tasks.code import program
+from lm.tasks.code import alias, program
 from lm.tasks.commonsense import taxonomy
 from lm.tasks.controls import bigram, random_labels
 from lm.tasks.logic import boolean, hop, syllogism
@@ -57,6 +57,8 @@ TASKS: dict[tuple[str, str], Callable[[int], Task]] = {
     ("program", "3"): lambda format: program(3, format),
     ("program", "4"): lambda format: program(4, format),
     ("program", "6"): lambda format: program(6, format),
+    ("alias", "2"): lambda format: alias(2, format),
+    ("alias", "3"): lambda format: alias(3, format),
     ("addition", "1"): lambda format: addition(1, format),
     ("addition", "2"): lambda format: addition(2, format),
     ("addition", "3"): lambda format: addition(3, format),

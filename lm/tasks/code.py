@@ -10,6 +10,10 @@ Operands are 1 to 9 after + and -, and 3, 7 or 9 after *: the units modulo 10. S
 bijection of the digits, every answer is equally likely whatever operands are seen, and nothing less
 than the whole chain tells it. In a look-up the values differ: a guess among five is right once in
 five.
+
+*alias*: `f=3,c=f,a=8,b=a?c` is a program whose later statements copy variables; the level is the
+number of statements to follow. It is what remains of *program* when arithmetic is taken out, so
+the two tell whether following or computing is what a model lacks.
 """
 
 import dataclasses
@@ -33,6 +37,8 @@ CHAINS = {
     4: ((4, 3), 6),
     6: ((6, 3), 6),
 }
+COPY = ("", 0)
+ALIASES = {2: ((2, 2, 2), 8), 3: ((3, 3), 8)}
 STRICT = 3  # from this depth on there are chains enough (10 · 21²) to hold out the chain itself
 
 
@@ -69,11 +75,12 @@ def program(statements: int = 1, format: int = 0) -> Task:
     def generate(rng: np.random.Generator, n: int, turns: int) -> list[Example]:
         names = np.argsort(rng.random((n, len(NAMES))), axis=1)[:, :total].tolist()
         values = np.argsort(rng.random((n, 10)), axis=1)[:, : len(lengths)].tolist()
-        steps = rng.integers(0, len(STEPS), (n, total)).tolist()
+        drawn = rng.integers(0, len(STEPS), (n, total)).tolist()
+        steps = [[STEPS[i] for i in row] for row in drawn]
         order = np.argsort(rng.random((n, total)), axis=1).tolist()
         asked = rng.random((turns, n)).T.tolist()
         return [
-            _program(form, lengths, *draw)
+            _program("program", form, lengths, *draw)
             for draw in zip(names, values, steps, order, asked, strict=True)
         ]
 
@@ -83,12 +90,37 @@ def program(statements: int = 1, format: int = 0) -> Task:
     return Task("program", str(statements), generate, "code", format, turns, held_out)
 
 
+def alias(statements: int = 2, format: int = 0) -> Task:
+    """Programs that only copy: `statements` statements lead from the variable to its value.
+
+    The key is the set of values, for lm.tasks.recall's reason.
+    """
+    lengths, most = ALIASES[statements]
+    form = FORMATS[format]
+    total = sum(lengths)
+
+    def generate(rng: np.random.Generator, n: int, turns: int) -> list[Example]:
+        names = np.argsort(rng.random((n, len(NAMES))), axis=1)[:, :total].tolist()
+        values = np.argsort(rng.random((n, 10)), axis=1)[:, : len(lengths)].tolist()
+        order = np.argsort(rng.random((n, total)), axis=1).tolist()
+        asked = rng.random((turns, n)).T.tolist()
+        return [
+            _program("alias", form, lengths, v, b, [COPY] * total, o, a)
+            for v, b, o, a in zip(names, values, order, asked, strict=True)
+        ]
+
+    two = generate(np.random.default_rng(0), 1, 2)[0]
+    turns = min(most, turns_in_row(two))
+    return Task("alias", str(statements), generate, "code", format, turns, held_out=0.15)
+
+
 def _program(
+    name: str,
     form: Code,
     lengths: tuple[int, ...],
     names: list[int],
     values: list[int],
-    steps: list[int],
+    steps: list[tuple[str, int]],
     order: list[int],
     asked: list[float],
 ) -> Example:
@@ -100,15 +132,17 @@ def _program(
         chain = [(NAMES[next(fresh)], str(value), value)]
         text = str(value)
         for _ in range(length - 1):
-            sign, k = STEPS[next(operations)]
-            value = (value + k if sign == "+" else value - k if sign == "-" else value * k) % 10
-            chain.append((NAMES[next(fresh)], f"{chain[-1][0]}{sign}{k}", value))
-            text += f"{sign}{k}"
+            sign, k = next(operations)
+            value = {"+": value + k, "-": value - k, "*": value * k, "": value}[sign] % 10
+            step = f"{sign}{k}" if sign else ""
+            chain.append((NAMES[next(fresh)], chain[-1][0] + step, value))
+            text += step
         chains.append(chain)
         plain.append(text)
     depth = lengths[0]
     first = int(asked[0] * lengths.count(depth))
-    if depth < STRICT:
+    copies = name == "alias"
+    if depth < STRICT or copies:
         key = ",".join(sorted(plain))
         known = [v for chain in chains for v in chain]
     else:
@@ -126,7 +160,7 @@ def _program(
     return Example(
         prompt=body + turns[0][0],
         answer=turns[0][1],
-        choices=tuple("0123456789" if depth > 1 else map(str, sorted(values))),
-        key=f"program:{key}",
+        choices=tuple(map(str, sorted(values)) if depth == 1 or copies else "0123456789"),
+        key=f"{name}:{key}",
         more=tuple(turns[1:]),
     )
