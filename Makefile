@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := lm experiments launch tests
+SOURCES := lm experiments launch notebooks tests
 PYTHON :=
 ARGS :=
 

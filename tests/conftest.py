@@ -48,7 +48,7 @@ def finished(shared, study) -> Path:
             # A relative path, as `make demo` gives it: some libraries want absolute ones.
             command = ["run", study, "--workdir=finished", "--workers=2"]
             with tiny.start(*command, cwd=shared) as process:
-                out, err = process.communicate(timeout=180)
+                out, err = process.communicate(timeout=400)
             assert process.returncode == 0, out + err
     return workdir
 

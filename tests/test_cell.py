@@ -184,3 +184,10 @@ def test_a_cell_is_read_back_as_it_was():
     """Catches a field that JSON loses: a resume would see another config."""
     found = cell()
     assert build(Cell, to_dict(found)) == found
+
+
+def test_a_warm_up_that_fills_the_budget_is_refused_before_anything_is_written():
+    """Catches a warm-up that only the worker refuses, when the run directory is there already."""
+    cell(train__tokens=2_560, optim__warmup_tokens=2_559)
+    with pytest.raises(UserError, match="warmup_tokens 2560 is not below the budget, 2560 tokens"):
+        cell(train__tokens=2_560, optim__warmup_tokens=2_560)

@@ -43,7 +43,7 @@ def execute(notebook, folder, **more):
     own |= {"JUPYTER_RUNTIME_DIR": folder / "runtime", "ONSET_RUNS": folder / "runs"}
     environment = tiny.environment(ONSET_SCALE="tiny", **{k: str(v) for k, v in own.items()})
     client = nbclient.NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, path in own.items():

@@ -17,7 +17,7 @@ from lm.data.tokenizer import TokenizerConfig
 from lm.models.transformer import TransformerConfig
 from lm.sharding import Strategy
 from lm.sizes import ladder
-from lm.train.optim import OptimConfig
+from lm.train.optim import OptimConfig, schedule
 from lm.train.population import Mode
 
 Axis = Literal["init", "data", "dropout"]
@@ -182,6 +182,9 @@ class Cell:
     train: TrainConfig
     eval: EvalConfig
     replicas: tuple[Replica, ...]
+
+    def __post_init__(self) -> None:
+        schedule(self.optim, self.steps * self.tokens_per_step)  # the warm-up must fit the budget
 
     @property
     def tokens_per_step(self) -> int:
