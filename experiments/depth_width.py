@@ -1,7 +1,7 @@
 """Does in-context recall need parameters, or depth?
 
 Command   lm run experiments/depth_width.py --workdir=runs/depth_width
-Cost      about eight minutes on two cores (--config.scale=smoke: half a minute)
+Cost      about four minutes on two cores (--config.scale=smoke: half a minute)
 Expected  one layer never learns it, however wide (Olsson et al. 2022: an induction head takes two
           layers); from two layers on the threshold is in the width, between 6 and 12, and further
           layers move it little. Text loss follows the number of parameters whatever their shape.

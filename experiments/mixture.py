@@ -1,7 +1,7 @@
 """Does the share of an ability in the data decide more than the size of the model?
 
 Command   lm run experiments/mixture.py --workdir=runs/mixture
-Cost      about ten minutes on two cores (--config.scale=smoke: half a minute)
+Cost      about six minutes on two cores (--config.scale=smoke: half a minute)
 Expected  with a third of the rows recall begins between 2x6 and 2x12; with an eighth of them it
           begins later, or not at all within the budget: more size does not make up for less data
           of the kind, since leaving the plateau is a matter of waiting (time to emergence says

@@ -1,7 +1,7 @@
 """What do twenty seeds look like just below, at and just above an onset?
 
 Command   lm run experiments/seeds.py --workdir=runs/seeds
-Cost      about six minutes on two cores (--config.scale=smoke: half a minute)
+Cost      about four minutes on two cores (--config.scale=smoke: half a minute)
 Expected  in-context recall begins between 2x6 and 2x10. Below, all seeds sit at chance; above, all
           sit at 1; between, seeds are split in two groups, few of them in the middle, so that a
           mean with a normal interval describes none of them. The share that broke through rises
