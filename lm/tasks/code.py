@@ -38,7 +38,7 @@ CHAINS = {
     6: ((6, 3), 6),
 }
 COPY = ("", 0)
-ALIASES = {2: ((2, 2, 2), 8), 3: ((3, 3), 8)}
+ALIASES = {2: ((2, 2, 2), 8), 3: ((3, 3, 3), 8)}
 STRICT = 3  # from this depth on there are chains enough (10 · 21²) to hold out the chain itself
 
 
