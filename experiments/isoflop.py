@@ -1,7 +1,7 @@
 """Which size is best for a given number of FLOPs?
 
 Command   lm run experiments/isoflop.py --workdir=runs/isoflop
-Cost      about three minutes on two cores (--config.scale=smoke: half a minute)
+Cost      about four minutes on two cores (--config.scale=smoke: half a minute)
 Expected  at every budget the held-out loss against size is a valley; its floor moves to larger
           models as FLOPs to a power near 1/2 (Hoffmann et al. 2022, approach 2). The power is not
           the same with and without the embedding in the count: at these sizes the embedding is
@@ -19,13 +19,16 @@ from lm.sizes import flops_per_token, ladder
 
 BUDGETS = {"3e10": 3e10, "1e11": 1e11, "3e11": 3e11, "1e12": 1e12}  # FLOPs of one replica
 # Width: learning rate. Two layers each, so that the shape is not a second variable.
-RATES = {4: 8e-3, 6: 8e-3, 8: 8e-3, 12: 8e-3, 16: 8e-3, 24: 6e-3, 32: 5e-3, 48: 4e-3}
+RATES = {
+    **{4: 8e-3, 6: 8e-3, 8: 8e-3, 12: 8e-3, 16: 8e-3},
+    **{24: 6e-3, 32: 5e-3, 48: 4e-3, 64: 3e-3, 96: 2e-3},
+}
 # Widths on both sides of the best one.
 WIDTHS = {
-    "3e10": (4, 6, 8, 12, 16),
-    "1e11": (4, 6, 8, 12, 16, 24),
-    "3e11": (6, 8, 12, 16, 24, 32),
-    "1e12": (8, 12, 16, 24, 32, 48),
+    "3e10": (4, 6, 8, 12, 16, 24),
+    "1e11": (6, 8, 12, 16, 24, 32),
+    "3e11": (12, 16, 24, 32, 48, 64),
+    "1e12": (16, 24, 32, 48, 64, 96),
 }
 
 
