@@ -173,7 +173,9 @@ def _choices(test: Sequence[tasks.Example], trained: tokenizer.Tokenizer) -> lis
     """
     found = []
     for example in test:
-        ordered = sorted(set(example.choices), key=lambda choice: choice != example.answer)
+        # Not a set: its order changes from process to process, and with it the last bits of a sum.
+        distinct = dict.fromkeys(example.choices)
+        ordered = sorted(distinct, key=lambda choice: choice != example.answer)
         ids = [trained.encode(choice) for choice in ordered]
         alone = all(len(i) == 1 for i in ids) and ordered[:1] == [example.answer]
         if not alone or not 2 <= len(ids) <= CHOICES:
