@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import special, stats
 
 from lm.config import UserError
 from lm.emergence import forecast, planted, predict, predict_score
@@ -85,18 +86,24 @@ def test_degenerate_curves_have_a_prediction(kind, monkeypatch):
 
 
 def test_the_sampler_knows_a_posterior_in_closed_form():
-    """Catches a wrong evidence or acceptance: 7 of 10 heads under a uniform prior, Beta(8, 4)."""
+    """Catches a wrong evidence, acceptance or temperature: h heads and t tails of two coins under a
+    uniform prior, Beta(h + 1, t + 1) each.
+    """
     rng = np.random.default_rng(0)
-    z, evidence = forecast.temper(lambda z: 7 * np.log(z[:, 0]) + 3 * np.log1p(-z[:, 0]), 1, rng)
-    assert evidence == pytest.approx(np.log(1 / 1320), abs=0.1)  # B(8, 4)
-    assert z.mean() == pytest.approx(8 / 12, abs=0.03)
-    assert z.std() == pytest.approx(np.sqrt(8 * 4 / 13) / 12, rel=0.15)
+    for heads, tails, near in ((7, 3, 0.1), (70_000, 30_000, 0.5)):
+
+        def loglik(z, heads=heads, tails=tails):
+            return (heads * np.log(z) + tails * np.log1p(-z)).sum(1)
+
+        z, evidence = forecast.temper(loglik, 2, rng)
+        exact = stats.beta(heads + 1, tails + 1)
+        assert evidence == pytest.approx(2 * special.betaln(heads + 1, tails + 1), abs=near)
+        assert z.mean() == pytest.approx(exact.mean(), abs=0.3 * exact.std())
+        assert z.std(0).mean() == pytest.approx(exact.std(), rel=0.2)
 
 
 def test_scores_are_those_of_a_normal():
     """Catches a CRPS, a log score or an interval that is not of the quantiles it was given."""
-    from scipy import stats
-
     at = ("t", "1", "nll", "onset", 100, 0.5)
     quantiles = 10 + stats.norm.ppf((np.arange(100) + 0.5) / 100)
     middle, far = (predict_score.score_one(at, quantiles, 10.0 + d) for d in (0.0, 3.0))

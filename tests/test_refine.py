@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from experiments import refine, rungs
-from lm.config import UserError
+from lm.config import UserError, to_dict
 from lm.emergence import onset, planted, report
 from lm.emergence.seeds import Interval
 from lm.emergence.shapes import logistic
@@ -106,6 +106,7 @@ def test_a_size_is_put_where_the_interval_is_widest(ladder):
     share = np.log(22 / 16) / np.log(2)
     assert first.point.optim.learning_rate == pytest.approx(8e-3 * 0.5**share, rel=1e-3)
     assert first.point.seeds.replicas == rungs.FEW and first.point.seeds.first == 0
+    assert rungs.propose(rows, fake(900, 3400), ladder)[0].point.name == "2x8"
 
 
 def test_seeds_are_added_where_no_width_is_left(ladder):
@@ -204,6 +205,20 @@ def test_a_budget_has_a_unit(ladder):
     goal = refine.read_goal("recall/5", None, "30min", ladder)
     assert (goal.minutes, goal.tokens, goal.precision) == (30, None, rungs.PRECISION)
     assert refine.read_goal("recall/3", 0.1, "5e6", ladder).tokens == 5e6
+
+
+def test_a_budget_is_that_of_all_rounds(ladder):
+    """Catches a budget that begins anew with every call, and one that other tasks use up."""
+    more = rungs._continued(ladder[2], ladder, {p.name for p in ladder}, 3)
+    cell = refine._cell("study", more, ladder)
+    entry = {"task": "recall", "level": "5", "points": [to_dict(more)]}
+    configs = {more.name: to_dict(cell)}
+    once = 3 * cell.steps * cell.tokens_per_step
+    goal = refine.Goal("recall", "5", tokens=1.5 * once)
+    for refined_before, level, count in (([], "5", 1), ([entry], "5", 0), ([entry], "3", 1)):
+        study = {"name": "study", "refined": refined_before, "cell_configs": configs}
+        wanted = dataclasses.replace(goal, level=level)
+        assert refine._affordable(wanted, study, None, ladder, [cell, cell]) == count
 
 
 def test_a_study_takes_new_seeds_and_says_so(finished, study, lm, tmp_path, monkeypatch):

@@ -14,15 +14,16 @@ log10(parameters), seen from `first` to `last`, a rate follows one of
 
 A rise ends with all items right with probability 3/8, else uniformly. *The onset not yet seen*:
 it lies within 3 decades beyond the last size with probability 3/4, log-uniformly (1/4 a decade), as
-`slide` or `split` with equal odds, no wider than a decade, with the same rise. Both numbers are
-fixed before the data. Seeds are beta-binomial, in `slide` half of the time with more scatter in
-mid-transition.
+`slide` or `split` with equal odds, no wider than a decade, with the same rise. Both numbers were
+set on planted ladders and are the same for every study. Seeds are beta-binomial, in `slide` half of
+the time with more scatter in mid-transition.
 
 A loss follows a slow line, any line or a decay to a limit (all of which may jump beyond the ladder,
-with the same odds), a `slide` or `split` from a slow line to a lower level, or it rises from one as
-N^c: a model that memorises what it cannot learn is sure of wrong answers. Sizes scatter around
-their curve by tau and seeds around their size by s. The loss of text is a law, ln L of
-L = A N^-alpha or E + A N^-alpha, with tau and s.
+with the same odds), or a `slide` or `split` from a slow line to another level: with probability 3/4
+a lower one, else one up to ten times higher, since a model that memorises what it cannot learn is
+sure of wrong answers. Sizes scatter around their curve by tau and seeds around their size by s. The
+loss of text is a law, ln L of L = A N^-alpha or E + A N^-alpha or a power law that bends, with tau
+and s.
 
 The posterior is sampled by tempering (sequential Monte Carlo, Del Moral et al. 2006; temperatures
 by halves of the effective sample), which also gives each curve's marginal likelihood, and curves
@@ -38,7 +39,7 @@ from scipy.special import expit, gammaln, logsumexp
 from lm.emergence.shapes import Curve
 
 Kind = Literal["rate", "loss", "law"]
-REACH = 3.0  # decades beyond the last size in which an onset is expected; fixed before the data
+REACH = 3.0  # decades beyond the last size in which an onset may lie; see the module
 BEGINS = 0.75  # the prior probability that it begins there at all
 LEAST_SIZES = 4  # of fewer, a line and a jump are the same thing
 FIRST = 8000  # draws from the prior: a jump is a small part of it
@@ -133,6 +134,11 @@ def _between(z: np.ndarray, low: float, high: float) -> np.ndarray:
 def _half(z: np.ndarray) -> np.ndarray:
     """Nothing with probability 1/2, else uniform on [0, 0.9]."""
     return 0.9 * np.maximum(2 * z - 1, 0)
+
+
+def _other(z: np.ndarray) -> np.ndarray:
+    """The level a loss jumps to, in units of the one it leaves: lower with probability 3/4."""
+    return np.where(z < 0.75, (z / 0.75) ** 2, 10 ** (4 * z - 3))
 
 
 def _step(z: np.ndarray, x: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -242,7 +248,7 @@ def _losses(curve: Curve) -> list[Family]:
         return np.maximum(start(z) + 0.6 * (z[:, 1:2] - 0.7) * reach * share, 0)
 
     def level(z: np.ndarray) -> np.ndarray:
-        return z[:, 4] ** 2 * start(z)[:, 0]
+        return _other(z[:, 4]) * start(z)[:, 0]
 
     def mean(name: str, z: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The mean [G, X] and the factor [G, X] by which seeds scatter more."""
@@ -256,16 +262,13 @@ def _losses(curve: Curve) -> list[Family]:
             return left + (right - left) * share, np.ones((1, 1))
         if name == "still":
             return baseline(z, x), np.ones((1, 1))
-        if name == "rise":
-            grown = 10 ** (_between(z[:, 3:4], 0.2, 2.0) * np.minimum(x - sizes[-1], 2.0))
-            return baseline(z, x) + 1.5 * reach * z[:, 2:3] * grown, np.ones((1, 1))
         line, u = baseline(z, x), _step(z[:, 2:4], x, sizes)
         more = 1 + (10 ** (1.5 * _half(z[:, 5:6])) - 1) * 4 * u * (1 - u)
         return line + (level(z)[:, None] - line) * u, more
 
     def tau(name: str, z: np.ndarray) -> np.ndarray:
         """[G, 1]; where a jump explains the sizes, a tenth: else it would explain them twice."""
-        return noise(z[:, -2:-1]) * (0.1 if name in ("still", "rise", "slide") else 1.0)
+        return noise(z[:, -2:-1]) * (0.1 if name in ("still", "slide") else 1.0)
 
     def plain(name: str, d: int) -> Family:
         def loglik(z: np.ndarray) -> np.ndarray:
@@ -275,10 +278,10 @@ def _losses(curve: Curve) -> list[Family]:
         def draw(z: np.ndarray, x: float, rng: np.random.Generator) -> np.ndarray:
             middle, more = (v[:, 0] for v in mean(name, z, np.array([x])))
             sd = np.hypot(noise(z[:, -1]) * more, tau(name, z)[:, 0])
-            if name not in ("rise", "slide"):
+            if name != "slide":
                 middle = np.maximum(middle, 0)
-                drop = middle * (1 - rng.random(len(z)) ** 2)
-                middle = middle - drop * _begun(x, sizes[-1], len(z), rng)
+                change = middle * (_other(rng.random(len(z))) - 1)
+                middle = middle + change * _begun(x, sizes[-1], len(z), rng)
             return np.maximum(middle + sd * rng.standard_normal(len(z)), 0)
 
         return Family(name, d, loglik, draw)
@@ -297,8 +300,8 @@ def _losses(curve: Curve) -> list[Family]:
         sd = noise(np.where(through, z[:, 5], z[:, 6]))
         return np.maximum(middle + sd * rng.standard_normal(len(z)), 0)
 
-    few = [plain("still", 4), plain("line", 4), plain("decay", 5), plain("rise", 6)]
-    return [*few, plain("slide", 8), Family("split", 7, split, draw_split)]
+    few = [plain("still", 4), plain("line", 4), plain("decay", 5), plain("slide", 8)]
+    return [*few, Family("split", 7, split, draw_split)]
 
 
 def _laws(curve: Curve) -> list[Family]:
@@ -309,22 +312,28 @@ def _laws(curve: Curve) -> list[Family]:
     def noise(z: np.ndarray) -> np.ndarray:
         return reach * 10 ** _between(z, *NOISE)
 
-    def mean(z: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """ln L [G, X]: its level at the middle, alpha, and in five coordinates E."""
+    def mean(name: str, z: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """ln L [G, X]: its level at the middle, alpha, and E or how alpha changes in a decade."""
         level = _between(z[:, :1], y.min() - reach / 2, y.max() + reach / 2)
-        e = lowest * z[:, 4:5] if z.shape[1] > 4 else np.zeros((len(z), 1))
+        if name == "bent":
+            bend = _between(z[:, 4:5], -0.05, 0.05) * (x - middle)
+            return level - (z[:, 1:2] + bend) * np.log(10) * (x - middle)
+        e = lowest * z[:, 4:5] if name == "limit" else np.zeros((len(z), 1))
         above = np.log(np.maximum(np.exp(level) - e, 1e-3 * lowest))
         power = above - z[:, 1:2] * np.log(10) * (x - middle)
         return np.log(e + np.exp(power))
 
-    def loglik(z: np.ndarray) -> np.ndarray:
-        return groups.loglik(mean(z, curve.sizes), noise(z[:, 2:3]), noise(z[:, 3:4]))
+    def law(name: str, d: int) -> Family:
+        def loglik(z: np.ndarray) -> np.ndarray:
+            return groups.loglik(mean(name, z, curve.sizes), noise(z[:, 2:3]), noise(z[:, 3:4]))
 
-    def draw(z: np.ndarray, x: float, rng: np.random.Generator) -> np.ndarray:
-        sd = np.hypot(noise(z[:, 2]), noise(z[:, 3]))
-        return np.exp(mean(z, np.array([x]))[:, 0] + sd * rng.standard_normal(len(z)))
+        def draw(z: np.ndarray, x: float, rng: np.random.Generator) -> np.ndarray:
+            sd = np.hypot(noise(z[:, 2]), noise(z[:, 3]))
+            return np.exp(mean(name, z, np.array([x]))[:, 0] + sd * rng.standard_normal(len(z)))
 
-    return [Family("power", 4, loglik, draw), Family("power and limit", 5, loglik, draw)]
+        return Family(name, d, loglik, draw)
+
+    return [law("power", 4), law("limit", 5), law("bent", 5)]
 
 
 def _normal(residual: np.ndarray, sd: np.ndarray) -> np.ndarray:

@@ -144,7 +144,8 @@ def score_one(
 
     low80, high80, low95, high95 = central(quantiles, 0.8) + central(quantiles, 0.95)
     median = float(np.median(quantiles))
-    width = max(1.06 * float(quantiles.std()) * len(quantiles) ** -0.2, KERNEL)
+    spread = min(quantiles.std(), np.subtract(*np.quantile(quantiles, [0.75, 0.25])) / 1.34)
+    width = max(1.06 * float(spread) * len(quantiles) ** -0.2, KERNEL)  # Silverman's rule
     slack = 1e-9
     with np.errstate(divide="ignore"):
         log_score = scoringrules.logs_ensemble(value, quantiles, bw=width, backend="numpy")
