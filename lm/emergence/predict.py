@@ -288,7 +288,10 @@ def _begun(workdir: AnyPath) -> bool:
 
 def _source() -> str:
     """The hash of the files that a prediction is computed by."""
-    names = ("fits.py", "forecast.py", "onset.py", "predict.py", "predict_score.py")
+    names = (
+        *("fits.py", "forecast.py", "locate.py", "onset.py"),
+        *("predict.py", "predict_score.py", "shapes.py"),
+    )
     content = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
     return hashlib.sha256(content).hexdigest()
 
