@@ -187,8 +187,9 @@ def encode_line(record: Mapping[str, Any]) -> bytes:
     return body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
-def read_lines(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records of a file of JSON lines, and one sentence for every line that fails its CRC.
+def good_lines(path: AnyPath) -> tuple[list[bytes], list[str]]:
+    """The lines of a file of JSON lines, without their newlines, and one sentence for every line
+    that fails its CRC.
 
     A last line without a newline is torn or still being written, and is left out. A file that is
     not there has no lines.
@@ -197,14 +198,21 @@ def read_lines(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
         lines = Path(path).read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return [], []
-    records, problems = [], []
+    good, problems = [], []
     for number, line in enumerate(lines, 1):
-        body, crc = line[:-18] + b"}", line[-18:]
-        if crc == b',"crc":"%08x"}' % zlib.crc32(body):
-            records.append(json.loads(body))
+        # 18 bytes are the comma, the field and the brace: without them, the brace is missing.
+        crc = zlib.crc32(b"}", zlib.crc32(memoryview(line)[:-18]))
+        if line[-18:] == b',"crc":"%08x"}' % crc:
+            good.append(line)
         else:
             problems.append(f"{path} line {number} fails its checksum")
-    return records, problems
+    return good, problems
+
+
+def read_lines(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
+    """All records of a file of JSON lines, without their CRC, and the sentences of `good_lines`."""
+    lines, problems = good_lines(path)
+    return [json.loads(line[:-18] + b"}") for line in lines], problems
 
 
 @contextlib.contextmanager

@@ -49,7 +49,10 @@ def test_the_axis_that_decides_collapses(of, others):
         assert found["tokens"].excess_ci.low > 0 and found["loss"].excess_ci == (0, 0)
         assert found["tokens"].excess == pytest.approx(found["tokens"].rmse - best.rmse)
     assert found["params"].r2 < 0.7  # all evaluations of a size lie on one point
-    assert all(one.r2_ci.low <= one.r2_ci.high and one.worst >= one.rmse for one in found.values())
+    assert all(
+        one.rmse_ci.low <= one.rmse <= one.rmse_ci.high and one.worst >= one.rmse
+        for one in found.values()
+    )
 
 
 def test_noise_collapses_on_nothing():

@@ -85,6 +85,15 @@ def test_a_bigram_is_smooth_though_its_loss_bends():
     assert onset.judge(table("bigram", exact, nll, chance=0.15)).verdict == "smooth"
 
 
+def test_a_floor_that_only_thousands_of_items_tell_from_chance_is_a_floor():
+    """Three-digit sums as they were measured. Catches a floor that counts what is significant and
+    does not matter.
+    """
+    exact = near([0.008, 0.009, 0.009, 0.008, 0.9, 0.99, 0.99], scatter=0.001)
+    rows = table("sums", exact, near([2.0] * 4 + [0.2] * 3), chance=0.0016, n=2000)
+    assert onset.judge(rows).verdict == "emergent" and onset.judge(rows).floor_sizes == 4
+
+
 def test_a_rise_in_the_last_step_alone_is_undetermined():
     """Fails if a ladder that ends in the middle of a rise is given a shape."""
     sizes = [*SIZES, 100_000]

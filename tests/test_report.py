@@ -15,7 +15,16 @@ import pytest
 from desk import CONTROL, LADDER, STEPS, TASKS, run_directory
 
 from lm.config import UserError
-from lm.emergence import page_closer, page_data, page_facts, planted, predict, report, table
+from lm.emergence import (
+    metrics,
+    page_closer,
+    page_data,
+    page_facts,
+    planted,
+    predict,
+    report,
+    table,
+)
 from lm.rundir import read_json, write_json
 
 
@@ -182,7 +191,7 @@ def test_predictions_are_shown_as_what_they_were(study, made, tmp_path):
     file = path / "predictions" / f"24704-{digest[:12]}.json"
     write_json(file, {"sha256": digest, "content": frozen})
     assert not report._fresh(path)
-    found = report._predictions(path)
+    found = report._predictions(path, predict.finished(path))
     assert [c["registered"] for c in found["came"]] == [False] * 3
     analysis = made.analysis | {"predictions": found}
     shown = page_closer.closer(dataclasses.replace(made, analysis=analysis))
@@ -193,7 +202,7 @@ def test_predictions_are_shown_as_what_they_were(study, made, tmp_path):
     assert bands["bands"][0]["low95"] == 0.8 and bands["late"] == [55296.0]
     assert page_data._task(page, bigram)["predictions"] == []
     write_json(file, {"sha256": digest, "content": frozen | {"rows": 2}})
-    found = report._predictions(path)
+    found = report._predictions(path, predict.finished(path))
     assert not found["files"] and "has changed" in found["problems"][0]
 
 
@@ -213,7 +222,7 @@ def test_variance_is_taken_from_the_stored_answers(tmp_path):
             target[:, 1] = -1
             greedy = np.where((hard & (form == 1))[:, None], 6, 5).astype(np.int32)
             stored |= {f"hop.2.{form}.target": target, f"hop.2.{form}.greedy": greedy}
-        path = page_facts.answers_path("one", row.point, row.replica, row.step)
+        path = "one/" + metrics.answers_file(row.step, row.point, row.replica)
         np.savez(tmp_path / path, **stored)
     hits = page_facts._hits(both, {("hop", "2")}, tmp_path)[("hop", "2")]
     assert hits.shape == (2, 2, 2, 8)

@@ -40,7 +40,6 @@ class Collapse:
     axis: str
     increasing: bool
     r2: float
-    r2_ci: Interval
     residual: float
     rmse: float
     rmse_ci: Interval
@@ -132,7 +131,6 @@ def collapse(
                 axis=axis,
                 increasing=bool(up),
                 r2=1 - float((residual**2).sum()) / spread,
-                r2_ci=_r2_interval(values, y, up, rows, draws),
                 residual=float(residual.max()),
                 rmse=float(rmse),
                 rmse_ci=_interval(drawn),
@@ -156,26 +154,6 @@ def _predict(x: np.ndarray, y: np.ndarray, at: np.ndarray, increasing: bool) -> 
 
 def _squares(x: np.ndarray, y: np.ndarray, increasing: bool) -> float:
     return float(((y - _predict(x, y, x, increasing)) ** 2).sum())
-
-
-def _r2_interval(
-    x: np.ndarray, y: np.ndarray, up: bool, rows: list[np.ndarray], draws: np.ndarray
-) -> Interval:
-    """Percentiles of R² over resampled sizes; a size drawn twice has weight 2."""
-    from sklearn.isotonic import IsotonicRegression
-
-    found = []
-    for draw in draws:
-        weight = np.zeros(len(y))
-        for g, times in enumerate(np.bincount(draw, minlength=len(rows))):
-            weight[rows[g]] = times
-        some = weight > 0
-        xs, ys, w = x[some], y[some], weight[some]
-        fit = IsotonicRegression(increasing=up).fit(xs, ys, w).predict(xs)
-        spread = np.average((ys - np.average(ys, weights=w)) ** 2, weights=w)
-        if spread > 0:
-            found.append(1 - np.average((ys - fit) ** 2, weights=w) / spread)
-    return _interval(np.array(found))
 
 
 def _interval(draws: np.ndarray) -> Interval:

@@ -88,6 +88,11 @@ DTYPES = {
 }
 
 
+def answers_file(step: int, point: str, replica: int) -> str:
+    """Where the answers of one evaluation lie in the folder of their cell."""
+    return f"answers/{step:08d}-{point}-{replica}.npz"
+
+
 def score(answers: Answers) -> dict[str, Measure]:
     """The metrics that these answers have, in the order of `METRICS`, computed in float64."""
     real = answers.target != PAD

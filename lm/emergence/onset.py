@@ -3,7 +3,8 @@
 The definition (after Wei et al. 2022, with the demand of Schaeffer et al. 2023 that a continuous
 metric agree). An ability is `emergent` on a ladder of sizes if
 
-    floor     at least 3 of the smallest sizes are not above chance (one-sided, Bonferroni),
+    floor     at least 3 of the smallest sizes are at chance: not more than 0.05 above it, or not
+              significantly so (one-sided, Bonferroni),
     ceiling   exact match ends more than 0.2 above chance,
     sharp     a curve with a 10-90% width below one decade of parameters beats every wider curve
               by 6 in AICc, for exact match and for a continuous metric of the same answers.
@@ -11,7 +12,7 @@ metric agree). An ability is `emergent` on a ladder of sizes if
     metric-induced   exact match does all that, while the continuous metric is better described by
                      a wide curve (by 6 in AICc)
     smooth           it rises by a wide curve, or rises from above chance without a jump of 0.2
-    flat             no size is above chance, or a constant is the best description, or the whole
+    flat             every size is at chance, or a constant is the best description, or the whole
                      change is below 0.05
     inverse          it falls with size
     undetermined     fewer than 5 sizes or than 1.25 decades, too few seeds, models that AICc
@@ -29,7 +30,7 @@ import numpy as np
 
 from lm.config import UserError
 from lm.emergence import fits, shapes
-from lm.emergence.fits import Curve
+from lm.emergence.fits import Curve, Fit
 from lm.emergence.locate import locate
 from lm.emergence.locate import resample as resample
 from lm.emergence.seeds import LEAST_RISE, Interval
@@ -87,8 +88,8 @@ class Shape:
 
 
 class Ladder(NamedTuple):
-    """What the verdict needs of the rungs: how many there are, how many of the smallest are not
-    above chance, the ceiling above chance, the range of the means, and whether most of it is
+    """What the verdict needs of the rungs: how many there are, how many of the smallest are at
+    chance, the ceiling above chance, the range of the means, and whether most of it is
     covered by the last step.
     """
 
@@ -174,7 +175,7 @@ def judge(rows: "pd.DataFrame", seed: int = 0) -> Verdict:
     floors = floor_sizes(good)
     curve = rate_curve(good, chance)
     shape = describe(curve, "exact_match", 1, seed)
-    continuous = [s for m in CONTINUOUS if (s := _continuous(rows, m, seed))]
+    continuous = _continuous(rows, seed)
     height, spread = curve.means[-2:].max() - chance, np.ptp(curve.means)
     late = curve.means[-1] - curve.means[-2] > 0.5 * spread
     ladder = Ladder(sizes, floors, float(height), float(spread), bool(late))
@@ -197,7 +198,7 @@ def decide(exact: Shape, continuous: Sequence[Shape], ladder: Ladder) -> tuple[N
     if ladder.floors == ladder.sizes:
         if ladder.spread > LEAST_RISE and exact.gain >= DECISIVE:
             return "undetermined", "it changes, with too few items to tell any size from chance"
-        return "flat", "no size is above chance"
+        return "flat", "every size is at chance"
     if exact.gain <= 0 or abs(exact.rise) < LEAST_CHANGE:
         if ladder.spread > LEAST_RISE:
             return "undetermined", f"sizes differ by {ladder.spread:.2f}, in no order"
@@ -224,12 +225,16 @@ def usable(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def floor_sizes(rows: "pd.DataFrame", level: float = 0.05) -> int:
-    """How many sizes of one task, from the smallest up, are not above chance.
-
-    One exact test each (`against_chance`), at `level` / sizes.
+    """How many sizes of one task, from the smallest up, are at chance: their mean is at most
+    `LEAST_CHANGE` above it, or one exact test each (`against_chance`), at `level` / sizes, finds
+    nothing. With thousands of items a test alone would find .005 to be above .002.
     """
     tests = against_chance(rows)
-    above = (i for i, test in enumerate(tests) if test.p < level / len(tests))
+    above = (
+        i
+        for i, test in enumerate(tests)
+        if test.p < level / len(tests) and test.value - test.chance > LEAST_CHANGE
+    )
     return next(above, len(tests))
 
 
@@ -244,27 +249,51 @@ def rate_curve(rows: "pd.DataFrame", chance: float) -> Curve:
 def describe(curve: Curve, metric: str, better: Literal[1, -1], seed: int = 0) -> Shape:
     """Fits all candidates and summarises them; `better` is -1 where less is better."""
     fitted = fits.fit_all(curve)
+    steps = [f for f in fitted if f.name in (*shapes.TRANSITIONS, "step")]
+    near = [f for f in steps if f.aicc <= steps[0].aicc + DECISIVE]
+    (middle, middle_ci), (width, width_ci) = locate(curve, near, seed)
+    return replace(
+        _outline(curve, fitted, metric, better),
+        onset=middle,
+        onset_ci=middle_ci,
+        width=width,
+        width_ci=width_ci,
+        left_out=fits.leave_one_size_out(curve, fitted),
+    )
+
+
+def outline(curve: Curve, metric: str, better: Literal[1, -1]) -> Shape:
+    """`describe` without where it begins and what was left out, which are the most of its work:
+    those are NaN and empty.
+    """
+    return _outline(curve, fits.fit_all(curve), metric, better)
+
+
+def _outline(curve: Curve, fitted: Sequence[Fit], metric: str, better: Literal[1, -1]) -> Shape:
     best = fitted[0]
     wide = min(f.aicc for f in fitted if not f.sharp)
     sharp = min(f.aicc for f in fitted if f.sharp)
     constant = next(f.aicc for f in fitted if f.name == "constant")
     ends = fits.mean_at(curve, best, curve.x[[curve.x.argmin(), curve.x.argmax()]])
     rise = better * float(ends[1] - ends[0])
-    steps = [f for f in fitted if f.name in (*shapes.TRANSITIONS, "step")]
-    near = [f for f in steps if f.aicc <= steps[0].aicc + DECISIVE]
-    onset, width = locate(curve, near, seed)
     with np.errstate(invalid="ignore"):  # inf - inf: too few seeds for any transition
-        sharpness, gain = wide - sharp, constant - best.aicc
-    scores = fits.leave_one_size_out(curve, fitted)
-    return Shape(metric, best.name, float(gain), float(sharpness), rise, *onset, *width, scores)
+        sharpness, gain = float(wide - sharp), float(constant - best.aicc)
+    nowhere = (float("nan"), NOWHERE, float("nan"), NOWHERE)
+    return Shape(metric, best.name, gain, sharpness, rise, *nowhere)
 
 
-def _continuous(rows: "pd.DataFrame", metric: str, seed: int) -> Shape | None:
-    """The shape of a metric where less is better, or None where it was not measured."""
-    good = usable(rows[rows["metric"] == metric])
-    if _too_little(good):
-        return None
-    return describe(Curve("continuous", *_arrays(good)), metric, -1, seed)
+def _continuous(rows: "pd.DataFrame", seed: int) -> list[Shape]:
+    """The shapes of the continuous metrics that were measured; the first has all there is to know,
+    of the others only the word is asked.
+    """
+    found: list[Shape] = []
+    for metric in CONTINUOUS:
+        good = usable(rows[rows["metric"] == metric])
+        if not _too_little(good):
+            curve = Curve("continuous", *_arrays(good))
+            whole = describe(curve, metric, -1, seed) if not found else outline(curve, metric, -1)
+            found.append(whole)
+    return found
 
 
 def _arrays(rows: "pd.DataFrame") -> tuple[np.ndarray, np.ndarray, np.ndarray]:

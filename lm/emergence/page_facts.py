@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from lm.config import UserError
-from lm.emergence import bimodal, fits, onset, screening, seeds, significance
+from lm.emergence import bimodal, onset, screening, seeds, significance
 from lm.emergence.words import OTHER, ability_order
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lm.emergence.survival import KaplanMeier
 
 # One set of outputs under several metrics; whether more of it is better.
-MIRAGE = {
+MIRAGE: dict[str, Literal[1, -1]] = {
     **{"token_accuracy": 1, "edit_similarity": 1, "answer_probability": 1},
     **{"log_likelihood": 1, "brier": -1},
 }
@@ -141,7 +141,8 @@ def _hits(
     fewest = int(replicas.groupby("params").size().min()) if len(replicas) else 0
     replicas = replicas.groupby("params").head(fewest)
     paths = [
-        workdir / answers_path(r.cell, r.point, r.replica, r.step) for r in replicas.itertuples()
+        workdir / r.cell / metrics.answers_file(r.step, r.point, r.replica)
+        for r in replicas.itertuples()
     ]
     if not paths or len(paths) > MOST_ANSWERS or not all(path.exists() for path in paths):
         return {}
@@ -169,11 +170,6 @@ def _right(greedy: np.ndarray, target: np.ndarray) -> np.ndarray:
     return ((greedy == target) | (target < 0)).all(1).astype(np.float64)
 
 
-def answers_path(cell: str, point: str, replica: int, step: int) -> str:
-    """Where the answers of one evaluation lie in a run directory."""
-    return f"{cell}/answers/{step:08d}-{point}-{replica}.npz"
-
-
 def _metrics(final: pd.DataFrame, verdict: "Verdict") -> dict[str, Any]:
     """The shape of every metric of `MIRAGE` that was measured, beside exact match."""
     found: dict[str, Any] = {"exact_match": shape(verdict.exact)}
@@ -186,9 +182,8 @@ def _metrics(final: pd.DataFrame, verdict: "Verdict") -> dict[str, Any]:
         if verdict.continuous is not None and verdict.continuous.metric == metric:
             found[metric] = shape(verdict.continuous)
             continue
-        found[metric] = shape(
-            _outline(onset.Curve("continuous", *onset._arrays(good)), metric, better)
-        )
+        curve = onset.Curve("continuous", *onset._arrays(good))
+        found[metric] = shape(onset.outline(curve, metric, better))
     independent = onset.usable(final[final["metric"] == "independent_match"])
     found["tokens"] = "several" if len(independent) else "one"  # an answer's
     return found
@@ -205,27 +200,6 @@ def _rungs(exact: pd.DataFrame) -> list[dict[str, Any]]:
             groups = [split.low, split.high]
         made.append({**{k: plain(v) for k, v in rung._asdict().items()}, "groups": groups})
     return made
-
-
-def _outline(curve: fits.Curve, metric: str, better: int) -> "Shape":
-    """What `onset.describe` says of a curve's shape, without where it begins, which is the most of
-    its work.
-    """
-    fitted = fits.fit_all(curve)
-    wide, sharp = (min(f.aicc for f in fitted if f.sharp == kind) for kind in (False, True))
-    constant = next(f.aicc for f in fitted if f.name == "constant")
-    first, last = fits.mean_at(curve, fitted[0], curve.x[[curve.x.argmin(), curve.x.argmax()]])
-    return onset.Shape(
-        metric,
-        fitted[0].name,
-        gain=float(constant - fitted[0].aicc),
-        sharpness=float(wide - sharp),
-        rise=better * float(last - first),
-        onset=math.nan,
-        onset_ci=onset.NOWHERE,
-        width=math.nan,
-        width_ci=onset.NOWHERE,
-    )
 
 
 def _screen(exact: pd.DataFrame) -> dict[str, Any] | None:

@@ -314,6 +314,3 @@ def _compact(spec: dict[str, Any], labelled: Sequence[float]) -> dict[str, Any]:
             if channel.get("field") in ("params", "spread") and labelled:
                 channel["axis"] |= {"values": list(labelled), "labelOverlap": False}
     return spec
-
-
-_finish = finish  # its name until lm.emergence.published says `finish`

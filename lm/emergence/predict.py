@@ -161,17 +161,16 @@ def frozen(workdir: AnyPath) -> tuple[list[Frozen], list[str]]:
     return sorted(found, key=lambda f: f.content["time"]), problems
 
 
-def score(workdir: AnyPath) -> tuple[list["Score"], list[str]]:
+def score(workdir: AnyPath, rows: "pd.DataFrame | None" = None) -> tuple[list["Score"], list[str]]:
     """Every finished seed of a predicted size against every frozen prediction of it, and the
     sentences of `frozen`. `source` is the file's name; `registered` says that the target's training
-    began after the prediction.
+    began after the prediction. `rows` are those of `finished`, where they are at hand.
     """
     from lm.emergence import predict_score
 
     workdir = Path(workdir)
     files, problems = frozen(workdir)
-    frame = finished(workdir)
-    rows = predict_score.final(frame)
+    rows = predict_score.final(finished(workdir) if rows is None else rows)
     begun = {cell.name: _first_attempt(cell) for cell in table.cells(workdir)}
     found = []
     for file in files:

@@ -163,7 +163,7 @@ def _analyse(
         "verdicts": page_facts.abilities(finished, study, workdir, share),
         "scaling": _law(laws["params"]),
         "scaling_flops": _law(laws["flops"]),
-        "predictions": _predictions(workdir),
+        "predictions": _predictions(workdir, finished),
         "seconds": {
             key: sum(cell["seconds"].get(key) or 0.0 for cell in cells.values()) for key in SECONDS
         },
@@ -174,7 +174,7 @@ def _analyse(
     }
 
 
-def _predictions(workdir: Path) -> dict[str, Any]:
+def _predictions(workdir: Path, finished: "pd.DataFrame") -> dict[str, Any]:
     """What was frozen, the scores of what came, and a sentence for every file that was changed."""
     nothing: dict[str, Any] = {"files": [], "scores": [], "problems": []}
     if not any((workdir / "predictions").glob("*.json")):
@@ -182,7 +182,7 @@ def _predictions(workdir: Path) -> dict[str, Any]:
     from lm.emergence import predict
 
     frozen, problems = predict.frozen(workdir)
-    scores, _ = predict.score(workdir)
+    scores, _ = predict.score(workdir, finished)
     files = [
         {
             **{"name": file.path.name, "sha256": read_json(file.path)["sha256"]},

@@ -37,7 +37,7 @@ def rescore(workdir: AnyPath, score: Score = metrics.score, last: bool = True) -
         known = known[known["step"] == final]
     rows: list[dict[str, Any]] = []
     for (cell, step, point, replica), group in known.groupby(["cell", "step", "point", "replica"]):
-        path = Path(workdir) / cell / "answers" / f"{step:08d}-{point}-{replica}.npz"
+        path = Path(workdir) / cell / metrics.answers_file(step, point, replica)
         if not path.exists():
             continue
         answers = metrics.load(path)

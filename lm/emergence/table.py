@@ -14,13 +14,12 @@ import io
 import math
 import numbers
 import struct
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm.config import UserError, nearest
-from lm.rundir import AnyPath, JsonLines, read_lines, write_bytes
+from lm.rundir import AnyPath, JsonLines, good_lines, read_lines, write_bytes
 
 # The worker needs the writer only, and pandas costs it a second and 60 MB: imported where used.
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def table_sha256(frame: "pd.DataFrame") -> str:
         column = frame[name]
         digest.update(f"{name}:{len(column)}\n".encode())
         if COLUMNS[name] is str:
-            digest.update("\x1f".join(column).encode())
+            digest.update("\x1f".join(column.tolist()).encode())
         elif COLUMNS[name] is int:
             digest.update(column.to_numpy("<i8").tobytes())
         else:
@@ -163,25 +162,31 @@ def read(workdir: AnyPath) -> tuple["pd.DataFrame", list[str]]:
 
     frames, found = [_frame([])], []
     for cell in cells(workdir):
-        records, damaged = read_lines(cell / "rows.jsonl")
-        frame, doubled = _deduplicate(_frame(records))
+        lines, damaged = good_lines(cell / "rows.jsonl")
+        frame, doubled = _deduplicate(_frame(lines))
         frames.append(frame)
         found += damaged + [f"{cell.name}: {sentence}" for sentence in doubled]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # concatenation of empty frames
-        return _sort(pd.concat([f for f in frames if len(f)] or frames[:1])), found
+    return _sort(pd.concat([f for f in frames if len(f)] or frames[:1])), found
 
 
-def _frame(records: list[dict[str, Any]]) -> "pd.DataFrame":
-    import pandas as pd
+def _frame(lines: list[bytes]) -> "pd.DataFrame":
+    """Lines of JSON as rows. Arrow parses a million in 5 s, where Python's json takes 12."""
+    import pyarrow as pa
+    import pyarrow.json
 
-    frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
-    dtypes = {str: "str", int: "int64", float: "float64"}
-    return frame.astype({name: dtypes[kind] for name, kind in COLUMNS.items()})
+    kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in COLUMNS.items()])
+    if not lines:
+        return schema.empty_table().to_pandas()
+    parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    blocks = pyarrow.json.ReadOptions(use_threads=False, block_size=1 << 24)
+    return pyarrow.json.read_json(io.BytesIO(b"\n".join(lines)), blocks, parse).to_pandas()
 
 
 def _deduplicate(frame: "pd.DataFrame") -> tuple["pd.DataFrame", list[str]]:
     """One row per identity of one cell, the last attempt's, and a sentence where they differ."""
+    if not frame.duplicated(list(IDENTITY)).any():
+        return frame, []
     frame = frame.drop_duplicates(list(MEASURED), keep="last")
     frame = frame.sort_values("attempt", kind="stable")
     differ = frame[frame.duplicated(list(IDENTITY), keep=False)]
@@ -194,7 +199,20 @@ def _deduplicate(frame: "pd.DataFrame") -> tuple["pd.DataFrame", list[str]]:
 
 
 def _sort(frame: "pd.DataFrame") -> "pd.DataFrame":
-    return frame.sort_values(["study", "cell", *IDENTITY], kind="stable", ignore_index=True)
+    """By study, cell and identity; a text counts by its rank, so that each is compared once."""
+    import numpy as np
+    import pandas as pd
+
+    keys = []
+    for name in ("study", "cell", *IDENTITY):
+        if COLUMNS[name] is str:
+            codes, texts = pd.factorize(frame[name])
+            rank = np.empty(len(texts), np.int64)
+            rank[np.argsort(np.asarray(texts, dtype=object))] = np.arange(len(texts))
+            keys.append(rank[codes])
+        else:
+            keys.append(frame[name].to_numpy())
+    return frame.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ def colours(field: str, names: list[str], palette: list[str]) -> alt.Color:
 
 def finish(chart: plots.Drawing, title: str) -> dict[str, Any]:
     """The specification in the style of every other figure of the project."""
-    spec = plots._finish(chart, 480, 300)
+    spec = plots.finish(chart, 480, 300)
     spec["title"]["text"] = title
     return spec
 
