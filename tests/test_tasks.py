@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from turns import contexts
 
 from experiments import desk
 from lm import tasks
@@ -19,15 +20,6 @@ ALL = [pytest.param(*key, id="/".join(key)) for key in tasks.TASKS]
 def draw(name, level, n=20_000, seed=0, turns=1):
     """Examples of every split, as the generator gives them."""
     return tasks.task(name, level).generate(np.random.default_rng(seed), n, turns)
-
-
-def contexts(example):
-    """(all text before an answer, the answer) of every turn."""
-    text = ""
-    for prompt, answer in ((example.prompt, example.answer), *example.more):
-        text += prompt
-        yield text, answer
-        text += answer
 
 
 # Solvers that see the text only and share no code with the generators.

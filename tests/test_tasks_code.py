@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from turns import contexts
 
 from lm import tasks
 from lm.tasks import code
@@ -19,15 +20,6 @@ READ = (
     ("(?P<e>[^|>]+)>(?P<v>[a-j])", r"\|(?P<v>[a-j])\?"),
     ("(?P<v>[a-j])=(?P<e>[^ ]+)", " (?P<v>[a-j]):"),
 )
-
-
-def contexts(example):
-    """(all text before an answer, the answer) of every turn."""
-    text = ""
-    for prompt, answer in ((example.prompt, example.answer), *example.more):
-        text += prompt
-        yield text, answer
-        text += answer
 
 
 def statements(format, text):

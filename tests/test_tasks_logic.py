@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from turns import contexts
 
 from lm import tasks
 from lm.tasks import logic
@@ -18,15 +19,6 @@ LEVELS = [
     *((logic.boolean, level) for level in (1, 2, 3, 4)),
     *((logic.syllogism, level) for level in (1, 2)),
 ]
-
-
-def contexts(example):
-    """(all text before an answer, the answer) of every turn."""
-    text = ""
-    for prompt, answer in ((example.prompt, example.answer), *example.more):
-        text += prompt
-        yield text, answer
-        text += answer
 
 
 # Per format: what ends the graph, an edge, the last question.

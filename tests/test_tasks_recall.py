@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from turns import contexts
 
 from lm import tasks
 from lm.tasks import controls
@@ -28,15 +29,6 @@ RULE = (
     (None, "(?P<x>.):$"),
     (r"(?P<a>.) to (?P<b>\S)", "(?P<x>.) to $"),
 )
-
-
-def contexts(example):
-    """(all text before an answer, the answer) of every turn."""
-    text = ""
-    for prompt, answer in ((example.prompt, example.answer), *example.more):
-        text += prompt
-        yield text, answer
-        text += answer
 
 
 def shown(patterns, text, most):

@@ -193,7 +193,7 @@ def _evidence(shape: dict[str, Any] | None) -> str:
     if shape is None:
         return "–"
     number = "" if shape["sharpness"] is None else f" ({shape['sharpness']:+.0f})"
-    name = "" if shape["metric"] == "exact_match" else f"{shape['metric']} "
+    name = "" if shape["metric"] == "exact_match" else f"{shape['metric']}<br>"
     return f"{name}{shape['word']}{number}".replace("-", "−")
 
 

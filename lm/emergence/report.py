@@ -128,8 +128,9 @@ def show(analysis: dict[str, Any], page: Path) -> None:
     console.print(grid)
     law = analysis["scaling"]
     if law["alpha"] is not None:
-        ends = "" if law["ci95"] is None else " [{:.3f}, {:.3f}]".format(*law["ci95"])
-        console.print(f"text loss ~ N^-{law['alpha']:.3f}{ends} over {law['n']} replicas")
+        low_high = law["ci95"] and [-end for end in reversed(law["ci95"])]
+        ends = " [{:.3f}, {:.3f}]".format(*low_high) if low_high else ""
+        console.print(f"text loss ~ N^{-law['alpha']:.3f}{ends} over {law['n']} replicas")
     for sentence in analysis["notes"]:
         console.print(sentence)
     # Not wrapped: a path that is cut in two cannot be clicked.
