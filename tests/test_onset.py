@@ -94,6 +94,25 @@ def test_a_floor_that_only_thousands_of_items_tell_from_chance_is_a_floor():
     assert onset.judge(rows).verdict == "emergent" and onset.judge(rows).floor_sizes == 4
 
 
+def test_a_sharp_and_a_wide_curve_meet_at_one_decade():
+    """Look-up in a program as it was measured: a lucky seed far below, an unlucky one far above.
+    Catches a search that misses, on its side of one decade, what the other has found there: it was
+    17 in log-likelihood, and made the curve wide.
+    """
+    rates = {204: [0.124, 0.131, 0.132, 0.146, 0.172], 404: [0.139, 0.140, 0.145, 0.152, 0.185]}
+    rates |= {450: [0.152, 0.160, 0.179, 0.189, 0.192], 792: [0.171, 0.173, 0.184, 0.191, 0.194]}
+    rates |= {894: [0.179, 0.182, 0.186, 0.218, 0.857], 1576: [0.166, 0.175, 0.187, 0.193, 0.201]}
+    rates |= {3516: [0.175, 0.999, 0.999, 1, 1], 6224: [0.999, 1, 1, 1, 1], 13944: [1.0] * 4}
+    rates |= {24736: [1.0] * 4, 37088: [1.0] * 3, 49440: [1.0] * 3}
+    curve = onset.rate_curve(table("t", rates, chance=0.2), 0.2)
+    found = {(f.name, f.sharp): f for f in fits.fit_all(curve)}
+    wide, sharp = found["hinge", False], found["hinge", True]
+    assert abs(wide.shape[1]) < 1e-3 and sharp.loglik > wide.loglik - 0.01
+    assert all(
+        f.shape[1] >= 0 for (_, s), f in found.items() if not s and f.name in shapes.TRANSITIONS
+    )
+
+
 def test_a_rise_in_the_last_step_alone_is_undetermined():
     """Fails if a ladder that ends in the middle of a rise is given a shape."""
     sizes = [*SIZES, 100_000]

@@ -48,8 +48,17 @@ class Fit(NamedTuple):
 
 def fit_all(curve: Curve) -> list[Fit]:
     """Every candidate fitted to the curve, best AICc first."""
-    fit = _fit_rate if curve.kind == "rate" else _fit_continuous
-    return sorted((fit(curve, candidate) for candidate in candidates(curve)), key=lambda f: f.aicc)
+    fit, again = (
+        (_fit_rate, _refit_rate) if curve.kind == "rate" else (_fit_continuous, _fit_continuous)
+    )
+    shapes = candidates(curve)
+    fitted = [fit(curve, candidate) for candidate in shapes]
+    # A sharp and a wide curve meet at one decade: what one search has found there, the other must.
+    for i, (candidate, found) in enumerate(zip(shapes, fitted, strict=True)):
+        twin = next((f for f in fitted if f.name == found.name and f.sharp != found.sharp), found)
+        if twin.loglik > found.loglik:
+            fitted[i] = max(found, again(curve, candidate, twin), key=lambda f: f.loglik)
+    return sorted(fitted, key=lambda f: f.aicc)
 
 
 def leave_one_size_out(
@@ -183,6 +192,7 @@ def _fit_continuous(curve: Curve, candidate: Candidate, near: Fit | None = None)
 
 
 def _around(side: tuple[float, float], at: float, reach: float) -> tuple[float, float]:
+    at = min(max(at, side[0]), side[1])
     return max(side[0], at - reach), min(side[1], at + reach)
 
 
