@@ -1,10 +1,11 @@
 """What a study will cost, before it starts: parameters, FLOPs, memory and time of every point."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
+from experiments.display import print_columns
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import Cell, Point
 
@@ -43,29 +44,28 @@ def memory(cell: Cell) -> int:
 
 def show(points: Sequence[Point], cells: Sequence[Cell], console: Console) -> None:
     """Prints a table of all points, a line per cell's estimate, and the sum."""
-    table = Table(box=None, pad_edge=False)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
+    rows = []
     by_point = {r.point: c for c in cells for r in c.replicas}
+    counts_of = {c.name: Counter(r.point for r in c.replicas) for c in cells}
     for p in points:
         cell = by_point[p.name]
-        count = sum(r.point == p.name for r in cell.replicas)
+        count = counts_of[cell.name][p.name]
         tokens = cell.steps * cell.tokens_per_step
         flops = flops_per_sequence(p.model, p.data.length) / p.data.length * tokens * count
-        table.add_row(
-            p.name + (" (control)" if p.role == "control" else ""),
-            f"{parameters(p.model).non_embedding:,}",
-            f"{parameters(p.model).total:,}",
-            str(count),
-            f"{tokens:,}",
-            f"{cell.steps:,}",
-            f"{flops:.2e}",
-            f"{memory(cell) / 2**20:,.0f}",
-            f"{seconds(cell) / 60 * count / len(cell.replicas):.1f}",
+        rows.append(
+            (
+                p.name + (" (control)" if p.role == "control" else ""),
+                f"{parameters(p.model).non_embedding:,}",
+                f"{parameters(p.model).total:,}",
+                str(count),
+                f"{tokens:,}",
+                f"{cell.steps:,}",
+                f"{flops:.2e}",
+                f"{memory(cell) / 2**20:,.0f}",
+                f"{seconds(cell) / 60 * count / len(cell.replicas):.1f}",
+            )
         )
-    # Figures are never cut: where the console is narrower than the table, its lines wrap.
-    console.width = max(console.width, table.__rich_measure__(console, console.options).maximum)
-    console.print(table)
+    print_columns(console, COLUMNS, rows, left=COLUMNS[:1])
     total = sum(map(seconds, cells))
     counts = len(points), sum(len(c.replicas) for c in cells), len(cells)
     words = zip(counts, ("point", "replica", "cell"), strict=True)

@@ -9,11 +9,13 @@ import hashlib
 import json
 import socket
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from experiments.exits import QUIET
 from lm.config import UserError, nearest
-from lm.emergence import table
+from lm.emergence import predict, table
 from lm.rundir import MANIFEST, check_manifest, holder, read_json, read_lines, sha256
 
 JSON_FILES = ("config.json", "environment.json", "progress.json", "result.json")
@@ -22,6 +24,10 @@ NOTEWORTHY = (
     *("resume", "interrupted", "checkpoint_quarantined", "not_bit_exact"),
     *("diverged", "rows_damaged", "replay_mismatch", "failed"),
 )
+STATUS = (
+    *("cell", "state", "points", "replicas", "step", "loss", "seconds", "attempts", "noteworthy"),
+)
+FIGURES = ("step", "loss", "seconds", "attempts")
 SEEDS = ("seed_init", "seed_data", "seed_dropout", "seed_eval")
 
 
@@ -33,7 +39,16 @@ def status(argv: list[str]) -> int:
     cells = [cell_status(workdir / name, points) for name, points in study["cells"].items()]
     owner = holder(workdir / "lock")
     if args.json:
-        print(json.dumps({"study": study["name"], "held_by": owner, "cells": cells}))
+        print(
+            json.dumps(
+                {
+                    "study": study["name"],
+                    "held_by": owner,
+                    "goodput": goodput(cells),
+                    "cells": cells,
+                }
+            )
+        )
     else:
         _print_status(study["name"], owner, cells)
     return 0
@@ -95,6 +110,8 @@ def cell_status(cell: Path, points: list[str]) -> dict[str, Any]:
     planned = _read_or(cell / "config.json", {}).get("replicas", [])
     # A replayed dispatch tells of a divergence again.
     lost = {(e["point"], e["replica"]) for e in events if e["event"] == "diverged"}
+    kept = result["seconds"] if result else {}
+    useful = kept["train"] + kept["eval"] if kept else progress.get("useful", 0.0)
     return {
         "cell": cell.name,
         "state": _state(result, owner, events, progress),
@@ -106,8 +123,31 @@ def cell_status(cell: Path, points: list[str]) -> dict[str, Any]:
         "steps": progress.get("steps"),
         "loss": progress.get("loss"),
         "seconds": result["seconds"]["total"] if result else progress.get("seconds"),
+        "attempts": sum(event["event"] == "begin" for event in events),
+        "useful": useful,
+        "wall": _wall(events),
         "events": dict(Counter(event["event"] for event in events)),
     }
+
+
+def goodput(cells: list[dict[str, Any]]) -> float | None:
+    """Seconds of steps and evaluations that count, of those from the first attempt at each cell to
+    its end, or to the last it told; None before there is anything to tell.
+
+    What was trained twice, compiled, restored or waited for does not count, and neither does a
+    night for which the study was stopped.
+    """
+    wall = sum(cell["wall"] for cell in cells)
+    return sum(cell["useful"] for cell in cells) / wall if wall else None
+
+
+def _wall(events: list[dict[str, Any]]) -> float:
+    """Seconds from the first event that has a time to the last."""
+    times = [event["time"] for event in events if "time" in event]
+    if len(times) < 2:
+        return 0.0
+    first, last = (datetime.fromisoformat(time) for time in (times[0], times[-1]))
+    return max(0.0, (last - first).total_seconds())  # a clock may be put back
 
 
 def explain_point(workdir: Path, study: dict[str, Any], name: str) -> dict[str, Any]:
@@ -142,6 +182,7 @@ def verify_study(workdir: Path, study: dict[str, Any]) -> dict[str, Any]:
     for name in study["cells"]:
         found, hashes[name] = _check_cell(workdir / name)
         problems += found
+    problems += predict.frozen(workdir)[1]
     digest = None
     try:
         # These name the damaged lines of the rows and every replay with other bits.
@@ -224,7 +265,7 @@ def _state(
         return "done"
     if owner:
         return "running"
-    if events and events[-1]["event"] == "failed":
+    if events and events[-1]["event"] == "failed" and events[-1].get("kind") not in QUIET:
         return "failed"
     return "stopped" if progress or events else "waiting"
 
@@ -265,30 +306,39 @@ def _parser(verb: str, description: str, more: str = "") -> argparse.ArgumentPar
 
 def _print_status(name: str, owner: dict[str, Any] | None, cells: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from experiments.display import print_columns
 
     runner = f"held by pid {owner['pid']} on {owner['host']}" if owner else "no runner"
     done = sum(cell["state"] == "done" for cell in cells)
+    attempts, share = sum(cell["attempts"] for cell in cells), goodput(cells)
     console = Console()
-    console.print(f"{name}: {runner}; {done} of {len(cells)} cells done", highlight=False)
-    view = Table(box=None, pad_edge=False)
-    for title in ("cell", "state", "points", "replicas", "step", "loss", "seconds", "noteworthy"):
-        view.add_column(title, justify="right" if title in ("step", "loss", "seconds") else "left")
+    console.print(
+        f"{name}: {runner}; {done} of {len(cells)} cells done"
+        + (f"; {attempts} attempts, goodput {share:.2f}" if share is not None else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    rows = []
     for cell in cells:
         held, counts = cell["held_by"], cell["events"]
         there = "" if not held or held["host"] == socket.gethostname() else f" on {held['host']}"
-        view.add_row(
-            cell["cell"],
-            f"running (pid {held['pid']}{there})" if held else cell["state"],
-            " ".join(cell["points"]) if cell["points"] != [cell["cell"]] else "",
-            _show(cell["replicas"], "d")
-            + (f", {cell['diverged']} diverged" * bool(cell["diverged"])),
-            "" if cell["step"] is None else f"{cell['step']}/{cell['steps']}",
-            _show(cell["loss"], ".4f"),
-            _show(cell["seconds"], ".1f"),
-            ", ".join(f"{counts[e]} {_words(e)}" for e in NOTEWORTHY if e in counts),
+        rows.append(
+            (
+                cell["cell"],
+                f"running (pid {held['pid']}{there})" if held else cell["state"],
+                " ".join(cell["points"]) if cell["points"] != [cell["cell"]] else "",
+                _show(cell["replicas"], "d")
+                + (f", {cell['diverged']} diverged" * bool(cell["diverged"])),
+                "" if cell["step"] is None else f"{cell['step']}/{cell['steps']}",
+                _show(cell["loss"], ".4f"),
+                _show(cell["seconds"], ".1f"),
+                _show(cell["attempts"] or None, "d"),
+                ", ".join(f"{counts[e]} {_words(e)}" for e in NOTEWORTHY if e in counts),
+            )
         )
-    console.print(view)
+    left = [heading for heading in STATUS if heading not in FIGURES]
+    print_columns(console, STATUS, rows, left)
 
 
 def _words(event: str) -> str:

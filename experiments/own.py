@@ -17,28 +17,27 @@ there already with the same bits are not written again.
 """
 
 import dataclasses
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
 
-from experiments import machine
+from experiments import exits, machine
 from experiments import workdir as shared
+from experiments.display import print_columns
 from experiments.study import Study, load, with_overrides
-from experiments.worker import AGAIN, LAUNCHER
+from experiments.worker import CODES, arguments, through, watched
+from lm import lease
 from lm.config import UserError, fingerprint, to_dict
 from lm.emergence.metrics import Measure
 from lm.emergence.table import RowWriter
-from lm.rundir import Held, JsonLines, environment, lock, now, read_json, write_json
+from lm.rundir import JsonLines, environment, inside, lock, now, read_json, write_json
 from lm.train.cell import Replica
-from lm.train.checkpoint import disk_error
+from lm.train.loop import Interrupted
 
 COLUMNS = ("point", "params", "replicas", "examples", "steps", "FLOPs", "s")
 
@@ -66,17 +65,18 @@ class Plan:
     tasks: tuple[Mapping[str, Any], ...] = ()
 
 
-class Interrupted(Exception):
-    """The process that started this worker is gone."""
-
-
 class Record:
     """What one attempt writes into its cell's folder."""
 
     def __init__(
-        self, study: str, plan: Plan, folder: Path, stop: Callable[[], bool] = lambda: False
+        self,
+        study: str,
+        plan: Plan,
+        folder: Path,
+        stop: Callable[[], bool] = lambda: False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.study, self.plan, self.folder, self.stop = study, plan, folder, stop
+        self.study, self.plan, self.folder, self.stop, self.check = study, plan, folder, stop, check
         path = folder / "environment.json"
         before = read_json(path) if path.exists() else []
         write_json(path, [*before, {**environment(), "time": now()}])
@@ -109,6 +109,7 @@ class Record:
         """Rows of one replica at one step; `chance` goes with exact match. A replica whose value is
         not finite has diverged.
         """
+        self.check()
         plan, tokens = self.plan, step * self.plan.tokens_per_step
         rows = [
             {
@@ -132,9 +133,10 @@ class Record:
             self.event("replay_mismatch", what=str(mismatch))
 
     def progress(self, step: int, loss: float) -> None:
-        """For whoever looks, at most once a second. Raises Interrupted when there is nobody left
-        to train for.
+        """For whoever looks, at most once a second. Raises Interrupted when the worker was asked to
+        stop.
         """
+        self.check()
         if self.stop():
             raise Interrupted
         if step == self.plan.steps or time.monotonic() - self._told > 1:
@@ -155,6 +157,7 @@ class Record:
         self.event("done", step=self.plan.steps)
         self._rows.sync()
         self._events.sync()
+        self.check()
         seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
         result = {"status": "done", "replicas": replicas, "seconds": seconds}
         write_json(self.folder / "result.json", {**result, "attempts": self.attempt})
@@ -164,7 +167,13 @@ class Record:
         self._events.close()
 
 
-def main(study: Study, workdir: str | None, workers: int | None, dry_run: bool) -> int:
+def main(
+    study: Study,
+    workdir: str | None,
+    workers: int | None,
+    dry_run: bool,
+    where: shared.Where | None = None,
+) -> int:
     """Carries out what is left of such a study in `workdir` and reports; returns the exit code."""
     plans = [plan(study, point) for point in study.points]
     todo = sorted(plans, key=lambda p: p.seconds, reverse=True)
@@ -186,6 +195,7 @@ def main(study: Study, workdir: str | None, workers: int | None, dry_run: bool) 
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock", f"lm run {study.name}"):
         shared.check_owner(folder, description)  # it may have been begun while we waited
+        shared.choose(folder, where)
         left = [p for p in todo if not (folder / p.name / "result.json").exists()]
         if left:
             shared.begin(folder, description)
@@ -240,21 +250,19 @@ def _groups(study: Study, point: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(plans: Sequence[Plan], console: Console) -> None:
     """Prints a table of all points and the sum."""
-    table = Table(box=None, pad_edge=False)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "point" else "right", no_wrap=True)
-    for p in plans:
-        examples = p.steps * p.tokens_per_step
-        table.add_row(
+    rows = [
+        (
             p.name + (" (control)" if p.role == "control" else ""),
             f"{p.params:,}",
             str(len(p.replicas)),
-            f"{examples:,}",
+            f"{p.steps * p.tokens_per_step:,}",
             f"{p.steps:,}",
-            f"{p.flops_per_token * examples * len(p.replicas):.2e}",
+            f"{p.flops_per_token * p.steps * p.tokens_per_step * len(p.replicas):.2e}",
             f"{p.seconds:.0f}",
         )
-    console.print(table)
+        for p in plans
+    ]
+    print_columns(console, COLUMNS, rows, left=COLUMNS[:1])
     console.print(
         f"{len(plans)} points, {sum(len(p.replicas) for p in plans)} replicas",
         f"about {sum(p.seconds for p in plans) / 60:.1f} minutes of one core (give or take a factor"
@@ -265,56 +273,45 @@ def show(plans: Sequence[Plan], console: Console) -> None:
     )
 
 
-def worker(argv: Sequence[str]) -> int:
-    """Works through the cells of the run directory `argv[0]` with the study file `argv[1]`."""
-    workdir = Path(argv[0])
+def worker(argv: Sequence[str], stop: Callable[[], bool] = lambda: False) -> int:
+    """Works through the cells of the run directory `argv[0]` with the study file `argv[1]`; with
+    `--cells NAME,NAME` through those.
+    """
+    workdir, chosen = arguments(list(argv))
     study = load(argv[1])
     there = read_json(workdir / "study.json")
-    # The launcher may be gone before this line: then getppid is that of whoever adopted us.
-    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     roles = {point["name"]: point["role"] for point in there["points"]}
-    worst = 0
-    for name in there["cells"]:
-        folder, config = workdir / name, there["cell_configs"][name]
-        if (folder / "result.json").exists():
-            continue
-        try:
-            folder.mkdir(exist_ok=True)
-            with lock(folder / "lock", f"lm run, cell {name}"):
-                if (folder / "result.json").exists():  # another worker's, since we looked
-                    continue
-                write_json(folder / "config.json", config)
-                point = {"name": name, "role": roles[name]}
-                settings = ConfigDict(config["config"])
-                worst = max(worst, _train(study, settings, point, folder, parent))
-        except Held:
-            continue
-        except Interrupted:
-            return AGAIN
-    return worst
+
+    def carry_out(name: str, held: lease.Lease) -> int:
+        folder, config = inside(workdir, name), there["cell_configs"][name]
+        point = {"name": name, "role": roles[name]}
+        with watched(folder, held) as check:
+            write_json(folder / "config.json", config)
+            _train(study, ConfigDict(config["config"]), point, folder, stop, check)
+        return CODES.get(held.ended, 0)
+
+    names = (name for name in there["cells"] if chosen is None or name in chosen)
+    left = (name for name in names if not (workdir / name / "result.json").exists())
+    return through(workdir, left, carry_out, stop)
 
 
 def _train(
-    study: Study, config: ConfigDict, point: Mapping[str, Any], folder: Path, parent: int
-) -> int:
+    study: Study,
+    config: ConfigDict,
+    point: Mapping[str, Any],
+    folder: Path,
+    stop: Callable[[], bool],
+    check: Callable[[], None],
+) -> None:
     assert study.plan is not None and study.train is not None
     plan = study.plan(config, point)
-    record = Record(study.name, plan, folder, lambda: os.getppid() != parent)
+    check()
+    record = Record(study.name, plan, folder, stop, check)
     try:
         record.finish(study.train(config, plan, record))
-        return 0
-    except Interrupted:
-        raise
-    except Exception as error:
-        told = disk_error(error, folder)
-        user = isinstance(told, UserError)
-        print(told if user else traceback.format_exc(), file=sys.stderr, flush=True)
-        message = str(told) if user else f"{type(error).__name__}: {error}"
-        record.event("failed", kind="user" if user else "crash", message=message)
-        return 2 if user else 1
     finally:
         record.close()
 
 
 if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1:]))
+    sys.exit(worker(sys.argv[1:], exits.stop_signal()))

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from experiments import cost, machine, own, refine
+from experiments import cost, machine, own, refine, supervise
 from experiments import workdir as shared
 from experiments.study import Study, load, split_overrides, with_overrides
 from lm.config import UserError, fingerprint, to_dict
@@ -31,6 +31,8 @@ from lm.train.checkpoint import disk_error
 
 EXAMPLE = """any setting of the study can be changed:
   --config.KEY=VALUE     such as --config.train.tokens=5e6, --config.seeds.replicas=5
+
+  --where.KEY=VALUE      a setting of the place, such as --where=slurm --where.partition=gpu
 
 examples:
   lm run experiments/desk.py --workdir=runs/desk --config.train.tokens=5e6
@@ -45,6 +47,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """The verb `run`."""
     overrides, rest = split_overrides(argv)
+    told, rest = shared.split_settings(rest)
     parser = _Parser(
         "lm run",
         description=__doc__,
@@ -57,13 +60,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="print every point and its cost; write nothing"
     )
+    parser.add_argument(
+        "--where", choices=supervise.PLACES, default="local", help="what carries out the cells"
+    )
     refine.add_arguments(parser)
     args = parser.parse_args(rest)
+    where = args.where, shared.settings(args.where, told)
     study = load(args.study, overrides)
     if study.train:  # it trains something else than our language models
         if args.refine:
             raise UserError(f"--refine cannot extend {args.study}, which trains by itself; drop it")
-        return own.main(study, args.workdir, args.workers, args.dry_run)
+        return own.main(study, args.workdir, args.workers, args.dry_run, where)
     points = [_point(study, p) for p in study.points]
     goal = refine.read_goal(args.refine, args.precision, args.budget, points)
     by_cost = sorted(cells(study.name, points), key=cost.seconds, reverse=True)
@@ -77,7 +84,7 @@ def main(argv: list[str]) -> int:
         )
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
-    return run(study, points, by_cost, Path(args.workdir), args.workers, goal)
+    return run(study, points, by_cost, Path(args.workdir), args.workers, goal, where)
 
 
 def run(
@@ -87,6 +94,7 @@ def run(
     workdir: Path,
     workers: int | None,
     goal: refine.Goal | None = None,
+    where: shared.Where | None = None,
 ) -> int:
     """Carries out what is left of a study in `workdir`, refines an onset if there is a goal, and
     reports; returns the exit code.
@@ -101,6 +109,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
     with lock(workdir / "lock", f"lm run {study.name}"):
         shared.check_owner(workdir, description)  # the study may have been begun while we waited
+        shared.choose(workdir, where)
         left = [c for c in todo if not (workdir / c.name / "result.json").exists()]
         if left:
             try:

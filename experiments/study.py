@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,14 @@ from lm.config import UserError, nearest
 FLAG = "--config."
 RESERVED = ("name", "role")
 # Names become folders and parts of file names, so only what is safe in both.
-SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+SAFE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+# Windows takes these for devices, whatever their ending, and a workdir may be copied there.
+DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+# What a workdir holds beside the folders of its cells.
+TAKEN = {
+    *("study.json", "lock", "pins.json", "launch.json", "table.parquet", "analysis.json"),
+    *("report.html", "logs", "data", "figures", "predictions", "launch"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +149,8 @@ def _like(old: Any, new: Any, where: str) -> Any:
         return int(new)
     if isinstance(old, tuple | list) and isinstance(new, tuple | list):
         return type(old)(new)
-    raise UserError(f"{where} is {new!r} ({_type(new)}); it must be like {old!r} ({_type(old)})")
+    shown = reprlib.repr(new)
+    raise UserError(f"{where} is {shown} ({_type(new)}); it must be like {old!r} ({_type(old)})")
 
 
 def _execute(path: Path) -> ModuleType:
@@ -196,6 +205,10 @@ def _check_points(path: Path, config: ConfigDict, points: Any) -> None:
         if not isinstance(name, str):
             raise UserError(f"{path}: point {i} is {point!r}; it must be a dict with a 'name'")
         _check_name(name, f"{path}: the name of point {i}")
+        if name in TAKEN:
+            raise UserError(
+                f"{path}: point {i} is called {name!r}, as a part of every workdir; choose another"
+            )
         if name in seen:
             raise UserError(f"{path}: two points are called {name!r}; names must be unique")
         seen.add(name)
@@ -211,7 +224,10 @@ def _check_points(path: Path, config: ConfigDict, points: Any) -> None:
 
 def _check_name(name: str, what: str) -> None:
     if not SAFE_NAME.fullmatch(name):
-        raise UserError(f"{what} is {name!r}; use at most 64 letters, digits, '.', '_' and '-'")
+        shown = reprlib.repr(name)
+        raise UserError(f"{what} is {shown}; use at most 64 letters, digits, '.', '_' and '-'")
+    if DEVICE.fullmatch(name):
+        raise UserError(f"{what} is {name!r}, which is a device on Windows; choose another")
 
 
 def _type(value: Any) -> str:

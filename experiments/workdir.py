@@ -2,9 +2,10 @@
 
 A workdir belongs to one study under one config; anything else is refused with a diff. Workers are
 processes that learn what to do from the run directory; they are kept running until every cell has
-a result, and given up when they end three times without bringing any cell further.
+a result or was given up (`experiments.supervise`).
 """
 
+import ast
 import contextlib
 import errno
 import os
@@ -12,20 +13,29 @@ import shutil
 import signal
 import sys
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from experiments import exits, supervise
 from experiments.display import Display
-from experiments.worker import LAUNCHER
-from launch import local
-from lm.config import UserError, diff, to_dict
-from lm.rundir import cache_folder, holder, now, read_json, read_lines, write_json
+from launch import Command
+from lm.config import UserError, build, diff, to_dict
+from lm.rundir import cache_folder, now, read_json, read_lines, write_json
 from lm.train.checkpoint import disk_error
 
-RESTARTS = 2  # of workers that ended without bringing any cell further
+# Seconds between two looks at the commands. What a look takes counts as well: a scheduler may need
+# seconds to answer, and a study of 10,000 cells a tenth of one to be looked through.
+POLL = {"local": 0.1, "slurm": 2.0, "kubernetes": 2.0}
+
+
+FLAG = "--where."
+BOOLS = ("true", "false")
+
+type Where = tuple[str, Any]  # the name of an engine, and its Settings
 
 
 def refuse_file(workdir: Path) -> None:
@@ -46,11 +56,13 @@ def check_owner(workdir: Path, description: Mapping[str, Any]) -> None:
             for p in workdir.iterdir()
             if p.name not in ("lock", "data") and not (p.name[0] == "." and p.suffix == ".tmp")
         )
-        if foreign:
+        if not foreign:
+            return
+        # Who has just begun the study here has written this first; we may have looked in between.
+        if not (workdir / "study.json").exists():
             raise UserError(
                 f"{workdir} holds {foreign[0]!r} and no study; choose an empty --workdir"
             )
-        return
     there = read_json(workdir / "study.json")
     if not isinstance(there, dict) or not {"name", "fingerprint", "config"} <= there.keys():
         raise UserError(
@@ -68,6 +80,33 @@ def check_owner(workdir: Path, description: Mapping[str, Any]) -> None:
             f"{workdir} was begun with another config; undo the change or choose another --workdir:"
             f"\n  {shown}"
         )
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The `--where.KEY=VALUE` arguments of a command line, and the others."""
+    ours = [arg for arg in argv if arg.startswith(FLAG)]
+    return ours, [arg for arg in argv if not arg.startswith(FLAG)]
+
+
+def settings(place: str, told: Sequence[str]) -> Any:
+    """The engine's settings from `--where.KEY=VALUE`; raises UserError on what is none of them."""
+    cls = supervise.engine(place).Settings
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for text in told:
+        key, equals, value = text.removeprefix(FLAG).partition("=")
+        if not equals or not key:
+            raise UserError(f"{text} sets nothing; write {FLAG}{key or 'KEY'}=VALUE")
+        values[key] = value
+        if hints.get(key) is not str:  # an account may be called 0123
+            with contextlib.suppress(ValueError, SyntaxError):
+                values[key] = ast.literal_eval(value.title() if value in BOOLS else value)
+    return build(cls, values, f"where={place}")
+
+
+def choose(workdir: Path, where: Where | None) -> None:
+    """Writes down which engine carries out the cells; the local one if nothing is said."""
+    supervise.choose(workdir, *(where or ("local", settings("local", []))))
 
 
 def undo(workdir: Path, before: set[str] | None) -> None:
@@ -89,52 +128,39 @@ def begin(workdir: Path, description: Mapping[str, Any]) -> None:
 
 
 def work(
-    left: Sequence[Any], workdir: Path, workers: int, command: local.Command, console: Console
+    left: Sequence[Any], workdir: Path, workers: int, command: Command, console: Console
 ) -> int:
-    """Keeps `workers` processes of `command` running until every cell of `left` (anything with
-    `name`, `steps` and `replicas`) has a result; returns the exit code.
+    """Keeps `workers` processes of `command` running, or one for each cell where that is for a
+    scheduler to decide, until every cell of `left` (anything with `name`, `steps` and `replicas`)
+    has a result; returns the exit code. What an earlier call left running is gone on with.
     """
-    restarts, before = 0, progress(left, workdir)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, style="dim", markup=False)
+
     with signals_raise(), Display(left, workdir, console) as display:
-        wait(left, workdir, console)
-        handles = local.submit([command] * workers)
+        crew = supervise.Crew([c.name for c in left], workdir, workers, command, say)
         try:
-            while True:
-                time.sleep(0.2)
+            tick = time.monotonic()
+            while crew.step():
                 display.update()
-                if "running" in local.status(handles):
-                    continue
-                if all((workdir / c.name / "result.json").exists() for c in left):
-                    return 0
-                after = progress(left, workdir)
-                restarts = 0 if after > before else restarts + 1
-                before = after
-                codes = {h.process.returncode for h in handles}
-                if 2 in codes or restarts > RESTARTS:
-                    break
-                wait(left, workdir, console)
-                handles = local.submit([command] * workers)
+                time.sleep(max(POLL[crew.place], 4 * (time.monotonic() - tick)))
+                tick = time.monotonic()
+        except OSError as error:  # a full disk: there is no room for `launch.json`
+            raise disk_error(error, workdir) from error
+        except BaseException:
+            if crew.place != "local" and crew.live():
+                say("the cells go on; give the same command again to watch them")
+            raise
         finally:
-            local.cancel(handles)
+            if crew.place == "local":
+                crew.cancel()
+    if all((workdir / c.name / "result.json").exists() for c in left):
+        return 0
     return explain_failure(left, workdir, command.log)
 
 
-def wait(left: Sequence[Any], workdir: Path, console: Console) -> None:
-    """Waits for workers that a killed runner left behind; they stop after their next checkpoint."""
-    for cell in left:
-        told = False
-        while owner := holder(workdir / cell.name / "lock"):
-            if not told:
-                console.print(
-                    f"{cell.name}: waiting for pid {owner['pid']} on {owner['host']}, which an"
-                    " earlier run left behind, to checkpoint and stop",
-                    highlight=False,
-                )
-            told = True
-            time.sleep(0.2)
-
-
-def command(workdir: Path, workers: int, module: str, *args: str) -> local.Command:
+def command(workdir: Path, workers: int, module: str, *args: str) -> Command:
     """`python -m MODULE WORKDIR ARGS`, a worker's command. NPROC sets XLA's thread pool, and with
     it the order of sums: it is pinned at the first run.
     """
@@ -144,30 +170,17 @@ def command(workdir: Path, workers: int, module: str, *args: str) -> local.Comma
         write_json(pins, {"NPROC": os.environ.get("NPROC", str(per_worker))})
     env = {
         "NPROC": read_json(pins)["NPROC"],
-        LAUNCHER: str(os.getpid()),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get(
             "JAX_COMPILATION_CACHE_DIR", str(cache_folder("xla"))
         ),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return local.Command(
+    return Command(
         (sys.executable, "-m", module, str(workdir), *args),
         workdir / "logs" / "worker.log",
         env,
     )
-
-
-def progress(left: Sequence[Any], workdir: Path) -> int:
-    """A number that grows when any cell gets further."""
-    total = 0
-    for cell in left:
-        folder = workdir / cell.name
-        sealed = [
-            int(p.name.split(".")[0]) for p in (folder / "checkpoints").glob("[0-9]*.manifest.json")
-        ]
-        total += max(sealed, default=0) + 1 + (folder / "result.json").exists()
-    return total
 
 
 def explain_failure(left: Sequence[Any], workdir: Path, log: Path) -> int:
@@ -180,7 +193,7 @@ def explain_failure(left: Sequence[Any], workdir: Path, log: Path) -> int:
             continue
         events, _ = read_lines(workdir / cell.name / "events.jsonl")
         last = events[-1] if events and events[-1]["event"] == "failed" else {}
-        if last.get("kind") == "user":
+        if last.get("kind") in exits.STOPS_ALL:
             raise UserError(f"cell {cell.name}: {last['message']}")
         why = f"failed ({last['message']})" if last else "did not finish"
         sentences.append(f"cell {cell.name} {why}; {log} has the output of its worker")

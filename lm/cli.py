@@ -16,7 +16,9 @@ from lm.config import UserError, nearest
 # exit code.
 VERBS = {
     "run": ("experiments.runner:main", "carry out a study, or go on with one"),
+    "plan": ("experiments.plan:main", "what a study would take on accelerators that are not here"),
     "status": ("experiments.inspect_run:status", "every cell of a run directory and how far it is"),
+    "eval": ("experiments.evaluate:main", "measure new abilities on a finished study"),
     "explain": ("experiments.inspect_run:explain", "everything behind one point of a study"),
     "verify": ("experiments.inspect_run:verify", "check every checksum of a run directory"),
     "report": ("lm.emergence.report:main", "analyse a run directory and write its page"),
@@ -37,6 +39,8 @@ REMEDIES = {
     errno.EDQUOT: "the quota is used up; free some space, then give the same command again",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "permission is denied; choose another place or change the permissions",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
+    errno.ELOOP: "its symbolic links lead round in a circle; mend them, or choose another place",
 }
 
 

@@ -52,7 +52,8 @@ def build[T](cls: type[T], mapping: Mapping[str, Any], where: str = "config") ->
 def to_dict(obj: Any) -> Any:
     """The JSON-ready form of a dataclass or of plain values; `build` reads it back."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
+        kept = (f for f in dataclasses.fields(obj) if f.init and not _omitted(f, obj))
+        return {f.name: to_dict(getattr(obj, f.name)) for f in kept}
     if isinstance(obj, Mapping):
         return {str(key): to_dict(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
@@ -60,6 +61,11 @@ def to_dict(obj: Any) -> Any:
     if obj is None or isinstance(obj, bool | int | float | str):
         return obj
     raise TypeError(f"{type(obj).__name__} has no place in a config: {_show(obj)}")
+
+
+def _omitted(field: "dataclasses.Field[Any]", obj: Any) -> bool:
+    """Whether a setting is newer than finished studies, and says what they did without it."""
+    return "omit" in field.metadata and bool(getattr(obj, field.name) == field.default)
 
 
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

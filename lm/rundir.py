@@ -10,8 +10,10 @@ Standard library only.
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -31,10 +33,13 @@ from typing import Any
 from lm.config import UserError
 
 MANIFEST = "manifest.json"
+LARGEST = 1 << 30  # bytes of a JSON file: the study.json of 10,000 cells has about a tenth of it
 PACKAGES = (
     *("onset-lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record"),
     *("tensorflow-datasets", "sentencepiece", "numpy", "scipy", "pandas", "pyarrow", "altair"),
 )
+
+UNKNOWN: dict[str, Any] = {"host": "an unknown host", "pid": "?", "started": "?", "what": "?"}
 
 type AnyPath = str | os.PathLike[str]
 
@@ -68,8 +73,12 @@ def write_json(path: AnyPath, obj: Any) -> None:
 
 
 def read_json(path: AnyPath) -> Any:
-    """What `write_json` wrote; raises `UserError` where the file is not JSON any more."""
+    """What `write_json` wrote; raises `UserError` where the file is not JSON any more, or larger
+    than any that we write.
+    """
     try:
+        if (size := os.stat(path).st_size) > LARGEST:
+            raise ValueError(f"it has {size} bytes")
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it or remove its folder") from error
@@ -103,6 +112,8 @@ def check_manifest(folder: AnyPath, manifest: Mapping[str, Any]) -> list[str]:
         return [f"the manifest of {folder} is damaged"]
     if not files:
         return [f"the manifest of {folder} lists no files"]
+    if outside := [name for name in files if name[:1] == "/" or ".." in name.split("/")]:
+        return [f"the manifest of {folder} names {outside[0]!r}, which is not in the folder"]
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
@@ -212,7 +223,25 @@ def good_lines(path: AnyPath) -> tuple[list[bytes], list[str]]:
 def read_lines(path: AnyPath) -> tuple[list[dict[str, Any]], list[str]]:
     """All records of a file of JSON lines, without their CRC, and the sentences of `good_lines`."""
     lines, problems = good_lines(path)
-    return [json.loads(line[:-18] + b"}") for line in lines], problems
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line[:-18] + b"}"))
+        except RecursionError:  # not ours, whatever its checksum says
+            problems.append(f"{path} has a line that is nested too deeply")
+    return records, problems
+
+
+def inside(workdir: AnyPath, name: str) -> Path:
+    """The folder `name` of a workdir; raises `UserError` where the name is a path, or the folder a
+    link that may lead out of the workdir.
+    """
+    path = Path(workdir) / name
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UserError(f"{name!r} is no name of a cell; restore {Path(workdir) / 'study.json'}")
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link; put the folder itself there")
+    return path
 
 
 @contextlib.contextmanager
@@ -223,8 +252,8 @@ def lock(path: AnyPath, what: str) -> Iterator[None]:
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        if not _try_lock(fd):
-            raise Held(_held_sentence(path, _read_owner(fd)))
+        if not try_lock(fd):
+            raise Held(held_sentence(path, read_owner(fd)))
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": now(), "what": what}
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(owner).encode() + b"\n", 0)
@@ -243,7 +272,7 @@ def holder(path: AnyPath) -> dict[str, Any] | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _read_owner(fd)
+        return read_owner(fd)
     finally:
         os.close(fd)
     return None
@@ -263,10 +292,6 @@ def now() -> str:
 
 def environment() -> dict[str, Any]:
     """What can change a bit of the result; imports none of the packages whose version it gives."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -275,9 +300,19 @@ def environment() -> dict[str, Any]:
         "nproc": os.environ.get("NPROC"),
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "jax_platforms": os.environ.get("JAX_PLATFORMS"),
-        **_git(Path(__file__).resolve().parents[1]),
-        "versions": versions,
+        **copy.deepcopy(_installed()),
     }
+
+
+# Once a process: what it has loaded does not change with the checkout, and two calls of git are a
+# tenth of a second, which a study of short cells would pay for each.
+@functools.cache
+def _installed() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {**_git(Path(__file__).resolve().parents[1]), "versions": versions}
 
 
 def _git(root: Path) -> dict[str, Any]:
@@ -298,7 +333,8 @@ def _git_line(root: Path, *args: str) -> str:
     return done.stdout
 
 
-def _try_lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
+    """Whether the open file is now locked by this process alone."""
     # `holder` takes a shared lock for an instant: one failed try is no proof of an owner.
     for attempt in range(4):
         try:
@@ -309,16 +345,18 @@ def _try_lock(fd: int) -> bool:
     return False
 
 
-def _read_owner(fd: int) -> dict[str, Any]:
+def read_owner(fd: int) -> dict[str, Any]:
+    """What the holder of a lock has written into it; "unknown" and "?" for what is not there."""
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
     except ValueError:  # the owner has the lock but has not yet written its name
         owner = {}
-    unknown = {"host": "an unknown host", "pid": "?", "started": "?", "what": "?"}
-    return unknown | (owner if isinstance(owner, dict) else {})
+    return UNKNOWN | (owner if isinstance(owner, dict) else {})
 
 
-def _held_sentence(path: AnyPath, owner: Mapping[str, Any]) -> str:
+def held_sentence(path: AnyPath, owner: Mapping[str, Any]) -> str:
+    """Who holds what, and what to do about it."""
+    owner = UNKNOWN | dict(owner)
     return (
         f"{path} is held by pid {owner['pid']} on {owner['host']} since {owner['started']} "
         f"({owner['what']}); wait until it ends or stop it, then give the same command again"

@@ -186,6 +186,13 @@ def test_a_cell_is_read_back_as_it_was():
     assert build(Cell, to_dict(found)) == found
 
 
+def test_a_setting_that_is_newer_than_a_workdir_does_not_change_its_config():
+    """Catches a new default that refuses every study begun before it."""
+    assert "keep_every" not in to_dict(cell())["train"]
+    assert to_dict(cell(train__keep_every=9))["train"]["keep_every"] == 9
+    assert build(Cell, to_dict(cell(train__keep_every=9))).train.keep_every == 9
+
+
 def test_a_warm_up_that_fills_the_budget_is_refused_before_anything_is_written():
     """Catches a warm-up that only the worker refuses, when the run directory is there already."""
     cell(train__tokens=2_560, optim__warmup_tokens=2_559)

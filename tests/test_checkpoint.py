@@ -14,10 +14,14 @@ import pytest
 
 from lm.config import UserError
 from lm.rundir import read_json
-from lm.train.checkpoint import Checkpoints
+from lm.sharding import make_mesh
+from lm.train.cell import build_point, cells
+from lm.train.checkpoint import Checkpoints, load, sealed_steps
+from lm.train.program import make_cell_population
 from lm.train.step import TrainState, new_state
 
 EXTRA = {"seconds": {"train": 1.5}}
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def state(seed=0, size=8):
@@ -97,6 +101,89 @@ def test_the_last_two_are_kept_and_sealed(three, opened):
     files = {p.relative_to(three / "2").as_posix() for p in (three / "2").rglob("*") if p.is_file()}
     assert set(manifest["files"]) == files and manifest["step"] == 2
     assert opened(three).steps() == [2, 3]
+
+
+def on_mesh(strategy, devices):
+    """The shapes of a population's states under a strategy on so many devices."""
+    mesh = make_mesh(strategy, jax.devices()[:devices])
+    train = {"strategy": strategy, "replicas": "vmap"}
+    return make_cell_population(cell(4, size="1x8", rows=8, **train), mesh).states
+
+
+def test_another_mesh_and_another_strategy_get_the_same_bits(tmp_path, opened):
+    """Catches a checkpoint that only the mesh that wrote it can read, and one that comes back cut
+    in the way of the writer.
+    """
+    wide = on_mesh("fsdp", 8)
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda s: (100 * rng.normal(size=s.shape)).astype(s.dtype), wide)
+    checkpoints = opened(tmp_path / "c")
+    written = jax.tree.map(lambda v, s: jax.device_put(v, s.sharding), values, wide)
+    checkpoints.save(1, written, EXTRA)
+    checkpoints.seal()
+    for strategy, devices in (("fsdp_tp", 4), ("replicated", 2), ("fsdp", 2), ("replicated", 1)):
+        shape = on_mesh(strategy, devices)
+        step, found, _, problems = checkpoints.restore(shape)
+        assert (step, problems) == (1, [])
+        assert_same_bits(found, values)
+        for a, s in zip(jax.tree.leaves(found), jax.tree.leaves(shape), strict=True):
+            assert a.sharding.is_equivalent_to(s.sharding, a.ndim)
+
+
+def test_steps_that_are_to_stay_stay(tmp_path, opened):
+    """Catches a kept step that is removed with the old ones, and one that is kept by mistake."""
+    folder = tmp_path / "c"
+    for steps in ((0, 2, 5, 7), (8, 9)):  # a resume knows them as well
+        checkpoints = Checkpoints(folder, (0, 5))
+        for step in steps:
+            checkpoints.save(step, state(step), EXTRA)
+        checkpoints.close()
+    assert sealed_steps(folder) == [0, 5, 8, 9]
+    for step in (0, 5, 9):
+        assert_same_bits(load(folder, step, shapes(state())), state(step))
+    assert opened(folder).restore(shapes(state()))[0] == 9
+
+
+def test_looking_at_a_damaged_checkpoint_changes_nothing(copy):
+    """Catches a later evaluation of a flipped bit, and one that takes a checkpoint away."""
+    damage(next(p for p in (copy / "2").rglob("*") if p.is_file()), "flip")
+    (copy / "3.manifest.json").write_text("{}")
+    before = names(copy)
+    for step in (2, 3):
+        with pytest.raises(UserError, match=f"restore the checkpoint .* leave out step {step}"):
+            load(copy, step, shapes(state()))
+    assert names(copy) == before
+    assert sealed_steps(copy / "none") == []
+
+
+def cell(steps, size="1x4", rows=1, **train):
+    """A cell of that many steps of `rows` rows of 32 tokens."""
+    settings = {
+        "name": "cell",
+        "model": {"size": size, "heads": 2, "kv_heads": 2},
+        "optim": {"learning_rate": 1e-2, "warmup_tokens": 0},
+        "data": {"length": 32, "mixture": {"text": {"task": "text", "rows": rows}}},
+        "train": {"tokens": 32 * rows * steps, **train},
+    }
+    return cells("study", [build_point(settings)])[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "train", "kept"),
+    [
+        (1000, {"chunk": 1}, ()),
+        (4, {"chunk": 1, "keep_every": 1000}, (0, 1, 2, 4)),
+        (2100, {"chunk": 1, "keep_every": 1000}, (0, *POWERS, 1000, 2000, 2100)),
+        (2000, {"chunk": 1, "keep_every": 1000}, (0, *POWERS, 1000, 2000)),
+        (1000, {"chunk": 1, "keep_every": 128}, (0, *POWERS, 640, 768, 896, 1000)),
+        (700, {"chunk": 50, "keep_every": 130}, (0, 50, 100, 150, 300, 550, 650, 700)),
+    ],
+)
+def test_kept_steps_are_those_of_pythia(steps, train, kept):
+    """Catches a step that is no end of a dispatch, one after the last, and a last that is not
+    there; without the option, anything.
+    """
+    assert cell(steps, **train).kept_steps == kept
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path, opened):

@@ -1,24 +1,25 @@
-"""Every strategy gives the single-device loss and gradients on eight devices, and misfits are
-sentences.
+"""Meshes have the axes of their strategy, arrays lie where the tables say, and misfits are
+sentences. That every strategy computes what one device does is in tests/test_strategies.py.
 """
 
-import re
-from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from lm import sharding
 from lm.config import UserError
-from lm.models import Transformer, TransformerConfig, abstract, initialise
+from lm.models import TransformerConfig, abstract
 from lm.sharding import (
     batch_sharding,
     constrain,
+    devices_along,
     make_mesh,
     replica_axis,
+    sequence_devices,
     shardings,
 )
 
@@ -27,81 +28,58 @@ pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 (simulat
 CONFIG = TransformerConfig(
     vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, mlp_size=24, head="untied"
 )
-R, B, T = 2, 8, 8
-STRATEGIES = ("replicated", "fsdp", "fsdp_tp")
+B, T = 8, 8
+STRATEGIES = ("replicated", "fsdp", "fsdp_tp", "sequence")
 
 
-def loss(params, tokens):
-    ones = jnp.ones_like(tokens)
-    positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
-    logits = Transformer(CONFIG).apply({"params": params}, tokens, ones, positions)
-    return -jnp.mean(jax.nn.log_softmax(logits)[..., 3])
-
-
-@pytest.fixture(scope="module")
-def operands():
-    """Parameters and batches of R replicas."""
-    keys = jax.random.split(jax.random.key(0), R)
-    params = jax.vmap(lambda key: nn.unbox(initialise(CONFIG, key)))(keys)
-    return params, jax.random.randint(jax.random.key(1), (R, B, T), 0, CONFIG.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def single(operands):
-    """Losses and gradients of the replicas on one device."""
-    return jax.jit(jax.vmap(jax.value_and_grad(loss)))(*operands)
-
-
-def assert_close(got, want):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(got):
-        other = dict(jax.tree_util.tree_leaves_with_path(want))[path]
-        np.testing.assert_allclose(leaf, other, rtol=2e-4, atol=2e-6, err_msg=str(path))
-
-
-@pytest.mark.parametrize("strategy, gathers", [("replicated", 0), ("fsdp", 7), ("fsdp_tp", 7)])
-def test_strategy_equals_one_device(strategy, gathers, operands, single):
-    """Breaks if a table cuts an axis that the model mixes wrongly, or if more than the weights
-    is gathered.
-    """
-    mesh = make_mesh(strategy)
-    params, tokens = jax.tree.map(lambda x: x[0], operands)
-    at_rest = shardings(abstract(CONFIG), mesh, strategy)
-    rows = batch_sharding(mesh, B)
-    step = jax.jit(
-        jax.value_and_grad(loss), in_shardings=(at_rest, rows), out_shardings=(None, at_rest)
-    )
+@pytest.mark.parametrize(
+    "strategy, sizes, shape",
+    [
+        ("replicated", {}, {"data": 8}),
+        ("fsdp", {}, {"data": 8}),
+        ("fsdp_tp", {}, {"data": 4, "tensor": 2}),
+        ("sequence", {}, {"data": 4, "sequence": 2}),
+        ("sequence", {"sequence": 1}, {"data": 8, "sequence": 1}),
+        ("replicated", {"sequence": 4}, {"data": 2, "sequence": 4}),
+        (
+            *("fsdp_tp", {"replicas": 2, "sequence": 2, "tensor": 2}),
+            {"replica": 2, "data": 1, "sequence": 2, "tensor": 2},
+        ),
+    ],
+)
+def test_axes_of_a_mesh(strategy, sizes, shape):
+    """Catches axes in another order: what speaks most would lie across hosts."""
+    mesh = make_mesh(strategy, **sizes)
+    assert tuple(mesh.shape.items()) == tuple(shape.items())
+    assert list(mesh.devices.flat) == jax.devices()
     with jax.set_mesh(mesh):
-        params, tokens = jax.device_put((params, tokens), (at_rest, rows))
-        compiled = step.lower(params, tokens).compile()
-        value, gradient = compiled(params, tokens)
-    want_value, want_gradient = jax.tree.map(lambda x: x[0], single)
-    np.testing.assert_allclose(value, want_value, rtol=1e-5)
-    assert_close(gradient, want_gradient)
-    assert len(re.findall(r" all-gather\(", compiled.as_text())) == gathers
-    assert " all-to-all(" not in compiled.as_text()
+        assert sequence_devices() == shape.get("sequence", 1)
+        assert devices_along("batch") == shape["data"] * shape.get("sequence", 1)
+        assert devices_along("mlp") == shape.get("tensor", 1)
+        assert devices_along("embed") == 1
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_replicas_on_a_mesh_axis_equal_one_device(strategy, operands, single):
-    """Breaks if a constraint inside the vmap gathers the replica axis, or mixes replicas."""
-    mesh = make_mesh(strategy, replicas=R)
-    stacked = jax.eval_shape(
-        jax.vmap(partial(initialise, CONFIG)),
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), R)),
-    )
-    at_rest = shardings(stacked, mesh, strategy, replicas=True)
-    rows = batch_sharding(mesh, B, replicas=R)
-    with jax.set_mesh(mesh):
-        step = jax.jit(
-            jax.vmap(jax.value_and_grad(loss), spmd_axis_name=replica_axis(mesh)),
-            in_shardings=(at_rest, rows),
-            out_shardings=(None, at_rest),
-        )
-        params, tokens = jax.device_put(operands, (at_rest, rows))
-        value, gradient = step(params, tokens)
-    assert all(s.spec[0] == "replica" for s in jax.tree.leaves(at_rest))
-    np.testing.assert_allclose(value, single[0], rtol=1e-5)
-    assert_close(gradient, single[1])
+def sliced(slices, each):
+    """Devices of several slices, in an order that mixes them."""
+    return [
+        SimpleNamespace(platform="gpu", device_kind="", slice_index=i % slices, id=i)
+        for i in range(slices * each)
+    ]
+
+
+def test_slices_lie_across_the_outermost_axis():
+    """Catches tensor or sequence devices in different slices, whose links are slow."""
+    for sizes, axis in (
+        ({"data": 4, "tensor": 2}, 0),
+        ({"replica": 2, "data": 2, "sequence": 2}, 0),
+        ({"replica": 3, "data": 2, "tensor": 2}, 1),
+    ):
+        grid = sharding._grid(sliced(2, int(np.prod(list(sizes.values()))) // 2), sizes)
+        assert grid.shape == tuple(sizes.values())
+        parts = np.split(np.vectorize(lambda d: d.slice_index)(grid), 2, axis=axis)
+        assert [np.unique(part).tolist() for part in parts] == [[0], [1]]
+    with pytest.raises(UserError, match=r"4 slices divide neither .* 'data' of 2; use fewer"):
+        sharding._grid(sliced(4, 2), {"data": 2, "tensor": 4})
 
 
 def test_parameters_rest_where_the_table_says():
@@ -118,6 +96,12 @@ def test_parameters_rest_where_the_table_says():
     assert specs["fsdp_tp"]["layers"]["qkv"] == PartitionSpec(None, "data", "tensor")
     assert specs["fsdp_tp"]["layers"]["down"] == PartitionSpec(None, "tensor", "data")
     assert specs["fsdp_tp"]["embed"] == PartitionSpec("tensor", "data")
+    both = ("data", "sequence")
+    assert specs["sequence"]["layers"]["qkv"] == PartitionSpec(None, both, None)
+    mesh = make_mesh("fsdp_tp", sequence=2)
+    product = shardings(abstract(CONFIG), mesh, "fsdp_tp")
+    assert product["embed"].spec == PartitionSpec("tensor", both)
+    assert batch_sharding(mesh, B).spec == PartitionSpec("data")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +115,11 @@ def test_parameters_rest_where_the_table_says():
         (lambda: make_mesh("zero"), "no strategy 'zero'"),
         (lambda: make_mesh("fsdp", replicas=3), "'replica' of 3 does not divide 8 devices"),
         (lambda: make_mesh("fsdp", replicas=0), "'replica' of 0"),
-        (lambda: make_mesh("fsdp_tp", replicas=8), "8 replicas x 2 tensor"),
+        (lambda: make_mesh("fsdp_tp", replicas=8), "8 replica x 2 tensor do not divide 8 devices"),
+        (lambda: make_mesh("fsdp_tp", sequence=8), "8 sequence x 2 tensor do not divide 8 devices"),
+        (lambda: make_mesh("sequence", sequence=3), "'sequence' of 3 does not divide 8 devices"),
+        (lambda: make_mesh("fsdp_tp", tensor=0), "'tensor' of 0"),
+        (lambda: make_mesh("sequence", tensor=2), "no mesh axis 'tensor'; use fsdp_tp"),
         (lambda: make_mesh("fsdp", tensor=2), "no mesh axis 'tensor'"),
         (
             lambda: shardings(
@@ -146,6 +134,26 @@ def test_misfits_are_sentences(act, words):
     with pytest.raises(UserError) as error:
         act()
     assert words in str(error.value)
+
+
+def test_rows_are_cut_over_two_axes_in_compute():
+    """Catches a sentence that names one of the two axes, whose devices divide the rows."""
+    rows = jax.ShapeDtypeStruct((12, T), jnp.float32)
+    with (
+        jax.set_mesh(make_mesh("sequence")),
+        pytest.raises(UserError, match="batch 12 .* 8 devices of mesh axes 'data' x 'sequence'"),
+    ):
+        jax.eval_shape(lambda x: constrain(x, ("batch", None)), rows)
+
+
+def test_names_that_cannot_be_are_sentences():
+    """Catches an error of JAX that knows neither the logical names nor the table."""
+    x = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    with jax.set_mesh(make_mesh("fsdp_tp")):
+        with pytest.raises(ValueError, match=r"axis names \('batch', 'depth'\); use 2 of"):
+            jax.eval_shape(lambda x: constrain(x, ("batch", "depth")), x)
+        with pytest.raises(ValueError, match="'tensor' along 'heads' and along 'mlp'; name one"):
+            jax.eval_shape(lambda x: constrain(x, ("heads", "mlp")), x)
 
 
 def test_heads_that_do_not_fit_are_named():

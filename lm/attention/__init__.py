@@ -2,7 +2,8 @@
 
 A backend is a module with two functions: `supports(q, k, v, mask)`, "" or the reason why it cannot
 run, and `attention(q, k, v, mask, *, scale)`. `auto` takes the first line of the platform's table
-that fits; a backend asked for by name runs or raises. Nothing falls back in silence.
+that fits; a backend asked for by name runs or raises. Nothing falls back in silence. Rows that
+several devices share (`Ring` in place of a mask) are one more module's, `ring`, on any platform.
 """
 
 from types import ModuleType
@@ -11,13 +12,14 @@ from typing import Any
 import jax
 from jax import Array
 
-from lm.attention import blockwise, cpu, gpu, reference, splash, tpu
+from lm.attention import blockwise, cpu, gpu, reference, ring, splash, tpu
 from lm.attention.mask import Mask, check
+from lm.attention.ring import Ring
 from lm.attention.rotary import rotate, split_heads
 from lm.config import UserError, nearest
 from lm.sharding import local
 
-__all__ = ["BACKENDS", "Mask", "attention", "choose", "explain", "rotary_attention"]
+__all__ = ["BACKENDS", "Mask", "Ring", "attention", "choose", "explain", "rotary_attention"]
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -45,16 +47,30 @@ PARTS = (("batch", None), ("batch", None), ("batch",), ("batch",))
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Mask, *, scale: float | None = None, impl: str = "auto"
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask | Ring,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
 ) -> Array:
     """softmax(q k' scale + mask) v: q [B, T, N, H]; k, v [B, S, K, H], K divides N -> [B, T, N, H].
 
     `scale` defaults to 1/sqrt(H). Raises UserError if `impl` is unknown or cannot run these
     operands.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(mask, Ring):
+        if impl != "auto":
+            raise UserError(
+                f"attention backend '{impl}' cannot run here: several devices share each row; use"
+                " impl='auto', which is a ring, or a mesh without the axis 'sequence'"
+            )
+        check(q, k, v, Mask(True, q_segments=mask.segments))
+        return ring.attention(q, k, v, mask, scale=scale)
     check(q, k, v, mask)
     name = choose(q, k, v, mask, impl)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name not in KERNELS:
         return BACKENDS[name].attention(q, k, v, mask, scale=scale)
 
@@ -67,7 +83,7 @@ def attention(
 
 
 def rotary_attention(
-    qkv: Array, angles: tuple[Array, Array], mask: Mask, *, impl: str = "auto"
+    qkv: Array, angles: tuple[Array, Array], mask: Mask | Ring, *, impl: str = "auto"
 ) -> Array:
     """Attention of what one product leaves, qkv [B, T, K, N/K + 2, H] (the queries of a kv head's
     group, its key, its value), with queries and keys turned by angles [B, T, H/2] -> [B, T, N, H].
@@ -75,6 +91,9 @@ def rotary_attention(
     The CPU kernel does all of it in one pass over qkv.
     """
     B, T, K, group, H = qkv.shape
+    if isinstance(mask, Ring):
+        x, y, v = split_heads(qkv)
+        return attention(rotate(x, angles), rotate(y, angles), v, mask, impl=impl)
     q, k = (jax.ShapeDtypeStruct((B, T, n, H), qkv.dtype) for n in (K * (group - 2), K))
     check(q, k, k, mask)
     if choose(q, k, k, mask, impl) != "cpu":

@@ -127,7 +127,7 @@ def prepare(lane: Lane, workers: Sequence[Worker], least: float = LEAST) -> Read
         times = _receive(workers)
         return (max(t["end"] for t in times) - min(t["begin"] for t in times)) / steps
 
-    found = [dict(np.load(path)) for path in files]
+    found = [dict(np.load(path, allow_pickle=False)) for path in files]
     return Ready(
         repetition,
         {

@@ -64,7 +64,7 @@ def _first_calls(work: Work, results: str) -> dict[str, Any]:
     Memory is that of the second call: the first one touches code and starts threads (38 MiB with
     PyTorch), and by the third XLA has kept some of what it had.
     """
-    np.savez(results, **work.results())
+    np.savez(results, allow_pickle=False, **work.results())
     grown = growth(work.call)
     return {
         "seconds": min(end - begin for begin, end in (repetition(work.call, 1) for _ in range(2))),

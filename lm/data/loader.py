@@ -76,28 +76,45 @@ class Loader:
         """The batch of a step, [B, T]."""
         return Batch(*(array[0] for array in self.chunk(step, 1)))
 
-    def chunk(self, start: int, steps: int) -> Batch:
-        """The batches of `steps` steps from `start` on, [steps, B, T]."""
-        parts = []
+    def chunk(self, start: int, steps: int, rows: range | None = None) -> Batch:
+        """The batches of `steps` steps from `start` on, [steps, B, T], or only `rows` of each
+        batch, one after another: nothing is read for the others.
+        """
+        parts, first = [], 0
+        rows = range(self.batch_size) if rows is None else rows
         for item in self.items:
             count = item.rows_per_batch
-            rows = row_order(item, self.seed, start * count, steps * count)
-            part = read_rows(item.packed, rows.reshape(steps, count))
+            own = range(max(rows.start - first, 0), min(rows.stop - first, count))
+            first += count
+            if not own:
+                continue
+            if len(own) == count:
+                order = row_order(item, self.seed, start * count, steps * count)
+            else:
+                visits = (step * count + own.start for step in range(start, start + steps))
+                order = np.concatenate([row_order(item, self.seed, v, len(own)) for v in visits])
+            part = read_rows(item.packed, order.reshape(steps, len(own)))
             parts.append(part._replace(weights=part.weights * np.float32(item.weight)))
         return Batch(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
 
 
 def dataset(
-    loader: Loader, start: int, stop: int, steps_per_chunk: int, prefetch: int = 2
+    loader: Loader,
+    start: int,
+    stop: int,
+    steps_per_chunk: int,
+    prefetch: int = 2,
+    rows: range | None = None,
 ) -> grain.IterDataset[Batch]:
-    """The chunks of steps `start` to `stop` in order, made ahead of time by a thread.
+    """The chunks of steps `start` to `stop` in order, made ahead of time by a thread; only `rows`
+    of each batch, if they are given.
 
     The last is shorter where `steps_per_chunk` does not divide the number of steps.
     """
     positive("steps_per_chunk", steps_per_chunk)
 
     def chunk(first: int) -> Batch:
-        return loader.chunk(first, min(steps_per_chunk, stop - first))
+        return loader.chunk(first, min(steps_per_chunk, stop - first), rows)
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     return grain.MapDataset.range(start, stop, steps_per_chunk).map(chunk).to_iter_dataset(options)

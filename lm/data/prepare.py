@@ -159,7 +159,7 @@ def save(folder: str | os.PathLike[str], packed: Packed) -> None:
     try:
         for name in ARRAYS:
             with open(temporary / f"{name}.npy", "xb") as file:
-                np.save(file, getattr(packed, name))
+                np.save(file, getattr(packed, name), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
         rundir.write_json(temporary / "about.json", _about(packed))
@@ -195,7 +195,10 @@ def load(folder: str | os.PathLike[str], tokenizer_sha256: str = "") -> Packed:
             f" tokenizer, or {remedy}"
         )
     # The view drops the memmap class, whose bookkeeping costs more than a small gather.
-    maps = {n: np.load(folder / f"{n}.npy", mmap_mode="r").view(np.ndarray) for n in ARRAYS}
+    maps = {
+        n: np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        for n in ARRAYS
+    }
     return Packed(about.pop("layout"), about.pop("length"), **maps, about=about)
 
 

@@ -179,7 +179,7 @@ def _frame(lines: list[bytes]) -> "pd.DataFrame":
     if not lines:
         return schema.empty_table().to_pandas()
     parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    blocks = pyarrow.json.ReadOptions(use_threads=False, block_size=1 << 24)
+    blocks = pyarrow.json.ReadOptions(block_size=1 << 22)
     return pyarrow.json.read_json(io.BytesIO(b"\n".join(lines)), blocks, parse).to_pandas()
 
 

@@ -51,8 +51,12 @@ class TestSet:
     text_bytes: np.ndarray
 
 
-def make_test_set(tasks: Mapping[Key, Packed], text: Packed, text_rows: int, batch: int) -> TestSet:
-    """All rows of the tasks and up to `text_rows` of the text, spread evenly over it."""
+def make_test_set(
+    tasks: Mapping[Key, Packed], text: Packed | None, text_rows: int, batch: int
+) -> TestSet:
+    """All rows of the tasks and up to `text_rows` of the text, if there is one, spread evenly over
+    it.
+    """
     parts, asks, items, first = [], [], {}, 0
     for key, packed in sorted(tasks.items()):
         part = read_rows(packed, np.arange(packed.rows))
@@ -61,10 +65,12 @@ def make_test_set(tasks: Mapping[Key, Packed], text: Packed, text_rows: int, bat
         parts.append(part)
         asks.append(asked)
         first += packed.rows
-    rows = np.arange(min(text_rows, text.rows)) * text.rows // min(text_rows, text.rows)
-    parts.append(read_rows(text, rows))
-    asks.append(nothing_asked(*parts[-1].tokens.shape))
-    total = first + len(rows)
+    total, bytes_ = first, np.zeros(0, np.int64)
+    if text is not None:
+        rows = np.arange(min(text_rows, text.rows)) * text.rows // min(text_rows, text.rows)
+        parts.append(read_rows(text, rows))
+        asks.append(nothing_asked(*parts[-1].tokens.shape))
+        total, bytes_ = first + len(rows), read_target_bytes(text, rows)
 
     def stack(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         whole = np.concatenate(arrays)
@@ -73,7 +79,6 @@ def make_test_set(tasks: Mapping[Key, Packed], text: Packed, text_rows: int, bat
 
     batches = Batch(*(stack(arrays) for arrays in zip(*parts, strict=True)))
     choices = Asked(*(stack(arrays) for arrays in zip(*asks, strict=True)))
-    bytes_ = read_target_bytes(text, rows)
     return TestSet(batches, choices, items, slice(first, total), bytes_)
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from lm.attention import BACKENDS, Mask, attention, rotary_attention
+from lm.attention import BACKENDS, Mask, Ring, attention, rotary_attention
 from lm.attention.rotary import rope_angles, rotate, split_heads
 from lm.config import UserError, divides, nearest, positive, within
 from lm.models.layers import dropout, logits, parameter, product, rms_norm
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, key: Array | None, mask: Mask, angles: tuple
+        self, x: Array, key: Array | None, mask: Mask | Ring, angles: tuple
     ) -> tuple[Array, None]:
         """x [B, T, D] -> ([B, T, D], None); `key` switches dropout on."""
         c, D = self.config, self.config.width
@@ -137,7 +137,7 @@ class Block(nn.Module):
         h = self.mlp(h)
         return constrain(x + dropout(h, c.dropout, keys[1]), ("batch", "seq", None)), None
 
-    def attend(self, x: Array, mask: Mask, angles: tuple) -> Array:
+    def attend(self, x: Array, mask: Mask | Ring, angles: tuple) -> Array:
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
         (B, T, D), K, G, H = x.shape, c.kv_heads, c.group, c.head_size
@@ -202,7 +202,8 @@ class Transformer(nn.Module):
             keys = jax.random.split(self.make_rng("dropout"), c.layers + 1)
             x, keys = dropout(x, c.dropout, keys[0]), keys[1:]
 
-        mask = Mask(causal=True, q_segments=segments)
+        dealt = isinstance(segments, Ring)  # rows that several devices share
+        mask = segments if dealt else Mask(causal=True, q_segments=segments)
         angles = rope_angles(positions, c.head_size, c.rope_base)
         x, _ = _stack(c)(c, name="layers")(x, keys, mask, angles)
 

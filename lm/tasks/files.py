@@ -40,6 +40,7 @@ WRAPPERS = (
     Wrapper("", " => ", "\n"),
 )
 SUFFIXES = (".json", ".jsonl")
+LARGEST = 1 << 28  # bytes of a file that is read; as Python objects it takes several times that
 MULTIPLE_CHOICE = "multiple_choice"  # in the names of metrics whose low score is chance
 
 
@@ -170,6 +171,8 @@ def _json(text: str) -> Any:
 
 def _text(path: Path) -> str:
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path} has {size} bytes, at most {LARGEST} are read; split the file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

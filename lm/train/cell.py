@@ -22,6 +22,7 @@ from lm.train.population import Mode
 
 Axis = Literal["init", "data", "dropout"]
 TEXT = "text"
+LAST_DOUBLED = 512  # steps; checkpoints that are kept are at powers of two up to here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The budget and how it is spent; `chunk` steps are one dispatch."""
+    """The budget and how it is spent; `chunk` steps are one dispatch. Beside the two newest, the
+    checkpoints of `Cell.kept_steps` stay on the disk if `keep_every` is not 0.
+    """
 
     tokens: int
     chunk: int = 50
@@ -81,10 +84,17 @@ class TrainConfig:
     replicas: Mode = "auto"
     strategy: Strategy = "replicated"
     replica_devices: int = 1  # how many devices replicas are spread over
+    # Left out of configs where it is 0, which all studies were before there was a choice.
+    keep_every: int = dataclasses.field(default=0, metadata={"omit": True})  # steps
+    # How many devices share a product, and the tokens of a row; 0 is the strategy's own.
+    tensor_devices: int = dataclasses.field(default=0, metadata={"omit": True})
+    sequence_devices: int = dataclasses.field(default=0, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         for name in ("tokens", "chunk", "checkpoint_every", "replica_devices"):
             positive(name, getattr(self, name))
+        for name in ("keep_every", "tensor_devices", "sequence_devices"):
+            within(name, getattr(self, name), 0)
         if self.replicas == "sequential" and self.replica_devices > 1:
             raise UserError(
                 f"replica_devices is {self.replica_devices} with replicas 'sequential'; replicas"
@@ -140,7 +150,7 @@ class Point:
         if (
             not self.name
             or len(self.name) > 60
-            or not all(c.isalnum() or c in "-_.+" for c in self.name)
+            or not all(c.isascii() and (c.isalnum() or c in "-_.+") for c in self.name)
         ):
             raise UserError(
                 f"name {self.name!r} is not fit for a folder; use up to 60 letters, digits, - _ . +"
@@ -205,6 +215,21 @@ class Cell:
             found.add(min(math.ceil(step / self.train.chunk) * self.train.chunk, self.steps))
             step *= 2
         return tuple(sorted(found))
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Steps whose checkpoints stay: 0, 1, 2, 4, … 512, then every `keep_every`, and the last
+        (Pythia, arXiv:2304.01373); empty if that is 0.
+
+        A dispatch ends where it ends: a step inside one is rounded up to its end.
+        """
+        every, chunk = self.train.keep_every, self.train.chunk
+        if not every:
+            return ()
+        doubled = [1 << i for i in range(LAST_DOUBLED.bit_length())]
+        later = range((LAST_DOUBLED // every + 1) * every, self.steps, every)
+        ends = {math.ceil(step / chunk) * chunk for step in (0, *doubled, *later)}
+        return tuple(sorted({step for step in ends if step < self.steps} | {self.steps}))
 
 
 def build_point(mapping: Mapping[str, Any], where: str = "config") -> Point:

@@ -24,7 +24,7 @@ from lm.train import mixture
 from lm.train.cell import TEXT, Cell
 from lm.train.checkpoint import Checkpoints
 from lm.train.population import replica
-from lm.train.program import Program, compile_cell, scoring_rows
+from lm.train.program import Program, compile_cell, fetch, own_part, place, scoring_rows
 from lm.train.record import Clock, Recorder, params_sha256
 from lm.train.step import ALIVE, TrainState
 
@@ -46,14 +46,20 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     devices: list[Any] | None = None,
     program: Callable[[], Program] | None = None,
+    checkpoints: Path | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Trains a cell to its end and returns what is in its `result.json`; the caller holds the
     cell's lock. `program` gives the compiled cell, by default by compiling it now; seconds of
-    `compile` are those spent waiting for it.
+    `compile` are those spent waiting for it. `checkpoints` is theirs by default in `folder`: where
+    several processes train a cell, they share these, and all but the first have a `folder` that is
+    thrown away. `check` raises when the cell is not the caller's any more; it is called at every
+    dispatch and before everything that is written for good.
 
     Raises UserError for what the user must mend, Interrupted when `stop()` asked for an end.
     """
     begin = time.monotonic()
+    check()
     attempt, changed = _begin(cell, folder, devices)
     prepared = mixture.load(cell, data)
     abilities = {k: v for k, v in prepared.test.items() if k[0] != TEXT}
@@ -62,7 +68,7 @@ def train(
     )
     chances = {(t["task"], t["level"], t["format"]): t["chance"] for t in prepared.tasks}
     record = Recorder(cell, folder, attempt, chances)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    saved = Checkpoints(checkpoints or folder / "checkpoints", cell.kept_steps)
     try:
         record.event("begin")
         tick = time.monotonic()
@@ -70,15 +76,16 @@ def train(
         waited = time.monotonic() - tick
         record.event("compiled", waited=waited, **dataclasses.asdict(compiled.cost))
         with jax.set_mesh(compiled.mesh):
-            step, states, clock = _start(cell, compiled, checkpoints, record, changed)
+            step, states, clock = _start(cell, compiled, saved, record, changed)
             run = _Run(
-                cell, compiled, prepared, test, record, checkpoints, clock, begin, clock.total
+                *(cell, compiled, prepared, test, record, saved, clock, begin, clock.total),
+                check,
             )
             clock.compile += waited
             states = _steps(run, states, step, stop)
             return _finish(run, folder, states, attempt)
     finally:
-        checkpoints.close()
+        saved.close()
         record.close()
 
 
@@ -95,6 +102,7 @@ class _Run:
     clock: Clock
     begin: float  # on the monotonic clock
     before: float  # seconds of earlier attempts
+    check: Callable[[], None]
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.begin
@@ -145,23 +153,27 @@ def _start(
 def _steps(run: _Run, states: TrainState, first: int, stop: Callable[[], bool]) -> TrainState:
     """The loop over dispatches, from step `first` to the end."""
     cell, clock, n = run.cell, run.clock, run.cell.train.chunk
-    due = set(cell.eval_steps)
-    feeds = [
-        iter(dataset(loader, first, cell.steps, n))
-        for loader in mixture.loaders(cell, run.prepared)
-    ]
+    due, kept = set(cell.eval_steps), set(cell.kept_steps)
+    if first == 0 and kept and not run.checkpoints.steps():
+        _save(run, states, 0)
+    where = run.program.population.batches
+    shape = len(cell.replicas), n, cell.data.rows, cell.data.length
+    replicas, rows = own_part(where, shape)
+    loaders = mixture.loaders(cell, run.prepared)[replicas.start : replicas.stop]
+    feeds = [iter(dataset(loader, first, cell.steps, n, rows=rows)) for loader in loaders]
     pending: tuple[int, Any, Any] | None = None
     for step in range(first + n, cell.steps + 1, n):
+        run.check()
         tick = time.monotonic()
         batches = [next(feed) for feed in feeds]
         stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
-        stacked = jax.device_put(stacked, run.program.population.batches)
+        stacked = jax.tree.map(lambda part: place(part, where, shape), stacked)
         states, losses = run.program.run(states, stacked)
         if pending is not None:
             _fetch(run, pending)
         pending = step, losses, states.diverged_at + 0  # a copy: the next dispatch takes the states
         stopping = stop() and step < cell.steps
-        save = stopping or step % cell.train.checkpoint_every < n or step == cell.steps
+        save = stopping or step % cell.train.checkpoint_every < n or step in {*kept, cell.steps}
         if save or step in due:
             _fetch(run, pending)
             pending = None
@@ -169,9 +181,7 @@ def _steps(run: _Run, states: TrainState, first: int, stop: Callable[[], bool]) 
         if step in due:
             _evaluate(run, states, step)
         if save:
-            run.record.sync()
-            clock.total = run.seconds()
-            run.checkpoints.save(step, states, {"seconds": dataclasses.asdict(clock)})
+            _save(run, states, step)
         if stopping:
             run.checkpoints.seal()
             run.record.event("interrupted", step=step)
@@ -179,39 +189,53 @@ def _steps(run: _Run, states: TrainState, first: int, stop: Callable[[], bool]) 
     return states
 
 
+def _save(run: _Run, states: TrainState, step: int) -> None:
+    """Begins a checkpoint when every row before it is on the disk."""
+    run.check()
+    run.clock.total = run.seconds()
+    run.record.sync(run.clock)
+    run.checkpoints.save(step, states, {"seconds": dataclasses.asdict(run.clock)})
+
+
 def _fetch(run: _Run, pending: tuple[int, Any, Any]) -> None:
     step, losses, diverged_at = pending
-    run.record.losses(step, np.asarray(losses, np.float64), np.asarray(diverged_at), run.seconds())
+    losses, diverged_at = fetch(losses).astype(np.float64), fetch(diverged_at)  # waits for it
+    run.check()
+    run.record.losses(step, losses, diverged_at, run.seconds())
 
 
 def _evaluate(run: _Run, states: TrainState, step: int) -> None:
     tick = time.monotonic()
+    diverged_at = fetch(states.diverged_at)
     for index, who in enumerate(run.cell.replicas):
-        ok = int(states.diverged_at[index]) == ALIVE
+        ok = int(diverged_at[index]) == ALIVE
         answers, text = evaluate(run.program.score, replica(states.params, index), run.test)
+        run.check()
         run.record.evaluation(who, step, answers, text, run.test, ok, run.seconds())
     run.clock.eval += time.monotonic() - tick
 
 
 def _finish(run: _Run, folder: Path, states: TrainState, attempt: int) -> dict[str, Any]:
     """The result, written when all that it vouches for is on the disk."""
-    replicas = []
+    replicas, diverged_at = [], fetch(states.diverged_at)
     for index, who in enumerate(run.cell.replicas):
-        at = int(states.diverged_at[index])
+        at = int(diverged_at[index])
         replicas.append(
             {
                 "point": who.point,
                 "replica": who.index,
                 "status": "ok" if at == ALIVE else "diverged",
                 "diverged_step": None if at == ALIVE else at,
-                "params_sha256": params_sha256(replica(states.params, index)),
+                "params_sha256": params_sha256(jax.tree.map(fetch, replica(states.params, index))),
             }
         )
+    run.check()
     run.checkpoints.seal()
     run.clock.total = run.seconds()
     run.record.event("done", step=run.cell.steps)
-    run.record.sync()
+    run.record.sync(run.clock)
     seconds = {k: round(v, 3) for k, v in dataclasses.asdict(run.clock).items()}
     result = {"status": "done", "replicas": replicas, "seconds": seconds, "attempts": attempt}
+    run.check()
     write_json(folder / "result.json", result)
     return result

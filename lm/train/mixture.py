@@ -4,7 +4,8 @@ testing.
 `prepare` writes a folder named after everything its contents depend on; `load` maps it, after
 checking every byte. Abilities are drawn from their generators into packed arrays like any text, so
 a batch is rows of arrays and nothing is generated while training. That no key is both in train and
-in test is asserted here, on the very examples that are written.
+in test is asserted here, on the very examples that are written. Abilities that are thought of when
+a study is done are packed in the same way, for testing only (`prepare_test`).
 """
 
 import dataclasses
@@ -80,11 +81,11 @@ def prepare(cell: Cell, data: Path, say: Callable[[str], None] = lambda _: None)
         packing.prepare_text(
             corpus, split, trained, cell.data.length, where / f"text-{split}", data / "tfds"
         )
-    known = []
+    found = []
     for item in _abilities(cell.data):
         say(f"drawing {item.task}/{item.level}")
-        known += _prepare_task(cell, item, trained, where)
-    write_json(where / "tasks.json", {"tasks": known})  # last: its presence says that all is there
+        found += _prepare_task(cell, item, trained, where)
+    write_json(where / "tasks.json", {"tasks": found})  # last: its presence says that all is there
     return where
 
 
@@ -107,6 +108,33 @@ def load(cell: Cell, data: Path) -> Prepared:
         for format in range(item.formats):
             test[item.task, item.level, format] = read(f"{item.task}-{item.level}-test-{format}")
     return Prepared(trained, train, test, read_json(where / "tasks.json")["tasks"])
+
+
+def prepare_test(cell: Cell, data: Path, task: tasks.Task, items: int) -> packing.Packed:
+    """At most `items` test items of an ability that the study had not, packed as `prepare` would
+    have; written where they are not yet there.
+
+    Raises UserError where the study's tokenizer or its rows cannot hold them.
+    """
+    trained = tokenizer.load(folder(cell, data) / "tokenizer")
+    about = {"task": task.name, "level": task.level, "tokenizer_sha256": trained.sha256}
+    drawn = {"items": items, "eval_seed": cell.replicas[0].eval, "length": cell.data.length}
+    where = data / fingerprint(about | drawn | {"format": task.format})
+    if not where.exists():
+        test = tasks.items(task, "test", cell.replicas[0].eval, items)
+        _check_fits(task, test, trained, cell.data.length)
+        _pack(where, test, trained, cell, about | drawn | {"choices": _choices(test, trained)})
+    return packing.load(where, trained.sha256)
+
+
+def known(task: tasks.Task, items: int, train_examples: int = 0) -> dict[str, Any]:
+    """What study.json says of an ability in one format: its chance and baselines."""
+    chance = tasks.chance(task)
+    return {
+        **{"task": task.name, "level": task.level, "format": task.format, "ability": task.ability},
+        **{"chance": chance.value, "baselines": chance.baselines},
+        **{"items": items, "train_examples": train_examples},
+    }
 
 
 def loaders(cell: Cell, prepared: Prepared) -> list[Loader]:
@@ -136,7 +164,7 @@ def _prepare_task(
     ]
     about = {"task": item.task, "level": item.level, "tokenizer_sha256": trained.sha256}
     _pack(where / f"{item.task}-{item.level}-train", train, trained, cell, about)
-    known = []
+    about_formats = []
     for f, task in enumerate(formats):
         # The same seed in every format: the same questions in other words.
         test = tasks.items(task, "test", cell.replicas[0].eval, cell.eval.items)
@@ -144,15 +172,30 @@ def _prepare_task(
         listed = {"choices": _choices(test, trained)}
         name = f"{item.task}-{item.level}-test-{f}"
         _pack(where / name, test, trained, cell, about | listed)
-        chance = tasks.chance(task)
-        known.append(
-            {
-                **{"task": task.name, "level": task.level, "format": f, "ability": task.ability},
-                **{"chance": chance.value, "baselines": chance.baselines},
-                **{"items": len(test), "train_examples": len(train)},
-            }
+        about_formats.append(known(task, len(test), len(train)))
+    return about_formats
+
+
+def _check_fits(
+    task: tasks.Task, test: Sequence[tasks.Example], trained: tokenizer.Tokenizer, length: int
+) -> None:
+    """Refuses items that a finished study cannot be asked: its tokenizer and rows are what they
+    are.
+    """
+    texts = [text for e in test for text in (e.prompt, e.answer, *e.choices)]
+    characters = sorted(set("".join(texts)))
+    lacking = [c for c in characters if tokenizer.UNK in trained.encode(c)]
+    if lacking:
+        raise UserError(
+            f"{task.name}/{task.level} writes {lacking[0]!r}, which the study's tokenizer lacks;"
+            " choose another task or format"
         )
-    return known
+    size = 2 + max(len(tasks.tokens(e, trained.encode)[0]) for e in test)
+    if size > length + 1:
+        raise UserError(
+            f"{task.name}/{task.level} has an item of {size} tokens with <bos> and <eos>, a row of"
+            f" the study holds {length + 1}; choose a lower level or another task"
+        )
 
 
 def _pack(

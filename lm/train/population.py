@@ -4,7 +4,9 @@
 (`jax.lax.map`), `fused` is `vmap` over the objective that is one kernel (`lm.models.fused`). All
 take and give states with a leading replica axis and agree within rounding, so nothing else knows
 which one runs. On a mesh every state rests where its strategy says, with the replica axis in
-front; the step is a `jax.jit` with those shardings and donates the state.
+front; the step is a `jax.jit` with those shardings and donates the state. Where several devices
+share a row it is here that rows are dealt to them (`lm.attention.ring`): what trains does not know,
+but draws other dropout masks.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from lm.attention.ring import deal
 from lm.models.transformer import TransformerConfig, initialise
 from lm.sharding import Strategy, batch_sharding, replica_axis, shardings
 from lm.train.step import TrainState, new_state
@@ -78,7 +81,7 @@ def make_population(
     return Population(
         init=jax.jit(lambda *a: nn.unbox(over_replicas(boxed, *a)), out_shardings=at_rest),
         run=jax.jit(
-            lambda states, b: over_replicas(chunk, states, b),
+            lambda states, b: over_replicas(lambda s, x: chunk(s, deal(x)), states, b),
             in_shardings=(at_rest, batches),
             out_shardings=(at_rest, losses),
             donate_argnums=0,

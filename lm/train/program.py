@@ -12,21 +12,23 @@ import fcntl
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import objectives
+from lm.attention import ring
 from lm.config import UserError
 from lm.data.loader import Batch
 from lm.eval.score import Asked, Scores, make_scorer, nothing_asked
 from lm.models import fused as fused_kernel
 from lm.models.transformer import Transformer, mup_multipliers
-from lm.sharding import make_mesh
+from lm.sharding import SEQUENCE, make_mesh
 from lm.train import optim
 from lm.train.cell import Cell
 from lm.train.population import Population, make_population
@@ -65,10 +67,33 @@ class Program:
     cost: Cost
 
 
-def make_cell_population(cell: Cell, mesh: Any) -> Population:
-    """The population of a cell, traced and not yet compiled; raises UserError if its rows do not
-    divide the devices.
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What evaluating a checkpoint takes: the shapes of its states, and the compiled scorer, to be
+    called under `jax.set_mesh(mesh)`.
     """
+
+    states: TrainState
+    score: Callable[[Any, Batch, Asked], Scores]
+    mesh: Any
+
+
+def cell_mesh(cell: Cell, devices: Sequence[Any]) -> Mesh:
+    """The mesh that a cell asks for over `devices`; raises UserError where they do not divide."""
+    return make_mesh(
+        cell.train.strategy,
+        devices,
+        replicas=cell.train.replica_devices,
+        tensor=cell.train.tensor_devices or None,
+        sequence=cell.train.sequence_devices or None,
+    )
+
+
+def make_cell_population(cell: Cell, mesh: Mesh) -> Population:
+    """The population of a cell, traced and not yet compiled; raises UserError if its rows, or the
+    tokens of a row, do not divide the devices.
+    """
+    ring.check_length(cell.data.length, mesh.shape.get(SEQUENCE, 1))
     tx = optim.direction(cell.optim, mup_multipliers(cell.model))
     fused = is_fused(cell, mesh)
     step = make_step(
@@ -108,6 +133,40 @@ def is_fused(cell: Cell, mesh: Any) -> bool:
     return not reason
 
 
+def own_part(where: NamedSharding, shape: tuple[int, ...]) -> tuple[range, range]:
+    """Which replicas and which rows of batches [R, n, B, T] the devices of this process hold."""
+    held = where.addressable_devices_indices_map(shape).values()
+    ranges = []
+    for axis in (0, 2):
+        cuts = [index[axis].indices(shape[axis]) for index in held if index is not None]
+        ranges.append(range(min(c[0] for c in cuts), max(c[1] for c in cuts)))
+    return ranges[0], ranges[1]
+
+
+def place(part: np.ndarray, where: NamedSharding, shape: tuple[int, ...]) -> Any:
+    """An array of `shape` [R, n, B, T] on the mesh, of which this process gives its `own_part`."""
+    if where.is_fully_addressable:
+        return jax.device_put(part, where)
+    replicas, rows = own_part(where, shape)
+
+    def cut(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        first, last = (
+            slice(i.indices(size)[0] - own.start, i.indices(size)[1] - own.start)
+            for i, size, own in ((index[0], shape[0], replicas), (index[2], shape[2], rows))
+        )
+        return part[first, :, last]
+
+    return jax.make_array_from_callback(shape, where, cut)
+
+
+def fetch(array: Any) -> np.ndarray:
+    """An array of the mesh as NumPy; where processes share it, all of them must call this."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def scoring_rows(cell: Cell) -> Batch:
     """Zeros in the shape of a cell's scoring batch, for `compile_cell`: no data need be there."""
     shape = cell.eval.batch, cell.data.length
@@ -119,7 +178,7 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
     """Compiles a cell, on any thread; `rows` is any scoring batch [B, T], for its shapes."""
     begin = time.monotonic()
     used = devices or jax.devices()
-    mesh = make_mesh(cell.train.strategy, used, replicas=cell.train.replica_devices)
+    mesh = cell_mesh(cell, used)
     population = make_cell_population(cell, mesh)
     count = len(cell.replicas)
     shape = (count, cell.train.chunk, cell.data.rows, cell.data.length)
@@ -127,15 +186,11 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
         lambda a: jax.ShapeDtypeStruct(shape, a.dtype, sharding=population.batches), rows
     )
     numbers = [jax.ShapeDtypeStruct((count,), t) for t in (np.uint32, np.float32, np.uint32)]
-    one = jax.tree.map(_without_replicas, population.states.params)
-    at_rest = jax.tree.map(lambda leaf: leaf.sharding, one)
-    scorer = jax.jit(make_scorer(Transformer(cell.model)))
     cost = Cost(trace=time.monotonic() - begin)
     with jax.set_mesh(mesh):
         lowered_init = _lower(cost, population.init, *numbers)
         lowered_run = _lower(cost, population.run, population.states, batches)
-        asked = nothing_asked(*np.shape(rows.tokens))
-        lowered_score = _lower(cost, scorer, one, jax.tree.map(np.asarray, rows), asked)
+        lowered_score = _lower_scorer(cost, cell, population, rows)
         with _one_process_at_a_time(lowered_run):
             init = _compile(cost, lowered_init, INIT_OPTIONS[used[0].platform])
             run = _compile(cost, lowered_run)
@@ -144,12 +199,47 @@ def compile_cell(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> P
         population,
         init,
         run,
-        # One replica of a stacked tree lies where XLA put it, a compiled program is strict.
-        lambda params, *rows: score(jax.device_put(params, at_rest), *rows),
+        _placed(population, score),
         mesh,
         time.monotonic() - begin,
         cost,
     )
+
+
+def compile_scoring(cell: Cell, rows: Batch, devices: list[Any] | None = None) -> Scoring:
+    """Compiles only what scores a cell's states; the program is that of `compile_cell`, bit for
+    bit, and so comes from the cache where the cell was trained.
+    """
+    used = devices or jax.devices()
+    mesh = cell_mesh(cell, used)
+    population = make_cell_population(cell, mesh)
+    cost = Cost()
+    with jax.set_mesh(mesh):
+        score = _compile(cost, _lower_scorer(cost, cell, population, rows))
+    return Scoring(population.states, _placed(population, score), mesh)
+
+
+def _lower_scorer(cost: Cost, cell: Cell, population: Population, rows: Batch) -> Any:
+    one = jax.tree.map(_without_replicas, population.states.params)
+    asked = nothing_asked(*np.shape(rows.tokens))
+    # Every process reads all scores; one process may leave them where XLA puts them.
+    mesh = population.batches.mesh
+    shared = NamedSharding(mesh, PartitionSpec()) if _several(mesh) else None
+    scorer = jax.jit(make_scorer(Transformer(cell.model)), out_shardings=shared)
+    return _lower(cost, scorer, one, jax.tree.map(np.asarray, rows), asked)
+
+
+def _several(mesh: Any) -> bool:
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def _placed(population: Population, score: Any) -> Callable[[Any, Batch, Asked], Scores]:
+    """`score` of parameters that may lie anywhere: one replica of a stacked tree lies where XLA put
+    it, a compiled program is strict.
+    """
+    one = jax.tree.map(_without_replicas, population.states.params)
+    at_rest = jax.tree.map(lambda leaf: leaf.sharding, one)
+    return lambda params, *rows: score(jax.device_put(params, at_rest), *rows)
 
 
 def _lower(cost: Cost, function: Any, *args: Any) -> Any:
@@ -195,7 +285,9 @@ def _one_process_at_a_time(lowered: Any) -> Iterator[None]:
     each other without need. Where there is no cache, or no lock to be had in it, nothing is held.
     """
     with contextlib.ExitStack() as stack:
-        if folder := jax.config.jax_compilation_cache_dir:
+        # Processes that train one cell compile together, and only the first writes to the cache.
+        folder = jax.config.jax_compilation_cache_dir
+        if folder and jax.process_count() == 1:
             name = hashlib.sha256(lowered.as_text().encode()).hexdigest()[:2]
             with contextlib.suppress(OSError):
                 locks = Path(folder) / "locks"

@@ -53,6 +53,7 @@ class Recorder:
         self.events = JsonLines(folder / "events.jsonl")
         self._progress: dict[str, Any] = {}
         self._progress_at = 0.0
+        self._useful: float | None = None
         for problem in self.rows.problems:
             self.event("rows_damaged", what=problem)
 
@@ -105,6 +106,7 @@ class Recorder:
         """For whoever looks: on the disk at most once a second, and at every `sync`."""
         steps, seconds = self.cell.steps, round(seconds, 1)
         self._progress = {"step": step, "steps": steps, "loss": loss, "seconds": seconds}
+        self._progress |= {"useful": self._useful} if self._useful else {}
         if time.monotonic() - self._progress_at > 1:
             self._write_progress()
 
@@ -150,10 +152,14 @@ class Recorder:
         found_text = text_metrics(np.asarray(text.logprob), weights, test.text_bytes)
         self.measure(who, step, (TEXT, "test", 0), found_text, ok, seconds)
 
-    def sync(self) -> None:
-        """Returns when everything written so far is on the disk."""
+    def sync(self, clock: Clock | None = None) -> None:
+        """Returns when everything written so far is on the disk; `clock` says how many seconds of
+        work that is worth.
+        """
         self.rows.sync()
         self.events.sync()
+        if clock:
+            self._useful = round(clock.train + clock.eval, 3)
         if self._progress:
             self._write_progress()
 
