@@ -64,14 +64,14 @@ def main(argv: list[str]) -> int:
 
 def _cells(study_file: str, overrides: Sequence[str], wanted: str) -> list[Any]:
     """The cells of a study, or those that hold the points that are asked for."""
-    from experiments.runner import _point
+    from experiments.runner import points_of
     from experiments.study import load
     from lm.train.cell import cells
 
     study = load(study_file, overrides)
     if study.train:
         raise UserError(f"{study_file} trains by itself, and its cost is not known; plan another")
-    todo = cells(study.name, [_point(study, p) for p in study.points])
+    todo = cells(study.name, points_of(study))
     names = {r.point for c in todo for r in c.replicas}
     for name in filter(None, wanted.split(",")):
         if name not in names:

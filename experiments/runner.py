@@ -21,7 +21,7 @@ from rich.console import Console
 
 from experiments import cost, machine, own, refine, supervise
 from experiments import workdir as shared
-from experiments.study import Study, load, split_overrides, with_overrides
+from experiments.study import Study, load, overridden, split_overrides
 from lm.config import UserError, fingerprint, to_dict
 from lm.rundir import lock, read_json, read_lines
 from lm.sizes import flops_per_sequence, parameters
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         if args.refine:
             raise UserError(f"--refine cannot extend {args.study}, which trains by itself; drop it")
         return own.main(study, args.workdir, args.workers, args.dry_run, where)
-    points = [_point(study, p) for p in study.points]
+    points = points_of(study)
     goal = refine.read_goal(args.refine, args.precision, args.budget, points)
     by_cost = sorted(cells(study.name, points), key=cost.seconds, reverse=True)
     _check_devices(by_cost)
@@ -103,6 +103,7 @@ def run(
 
     console = Console()
     shared.refuse_file(workdir)
+    shared.ready(where)
     description = _describe(study, points, todo)
     shared.check_owner(workdir, description)
     before = {p.name for p in workdir.iterdir()} if workdir.exists() else None
@@ -147,12 +148,17 @@ def _train(left: Sequence[Cell], workdir: Path, workers: int | None, console: Co
     return code
 
 
-def _point(study: Study, overrides: Mapping[str, Any]) -> Point:
-    """One point: groups of the config are its settings, plain values are the study's own (`points`
-    has read them).
+def points_of(study: Study) -> list[Point]:
+    """The points of a study: groups of its config are their settings, plain values are the study's
+    own (`points` has read them). Raises UserError naming the point.
     """
-    config = with_overrides(study.config, overrides).to_dict()
-    groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    config = study.config.to_dict()
+    return [_point(config, overrides) for overrides in study.points]
+
+
+def _point(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Point:
+    settings = overridden(config, overrides)
+    groups = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
     named = {"name": overrides["name"], "role": overrides.get("role", "ladder")}
     try:
         return build_point({**groups, **named}, "config")

@@ -81,34 +81,45 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def with_overrides(
     config: ConfigDict, overrides: Mapping[str, Any], read: bool = False
 ) -> ConfigDict:
-    """A copy of `config` with dotted keys replaced; `name` and `role` of a point are passed over.
+    """A copy of `config` with dotted keys replaced, as `overridden` does."""
+    return ConfigDict(overridden(config.to_dict(), overrides, read))
+
+
+def overridden(
+    config: Mapping[str, Any], overrides: Mapping[str, Any], read: bool = False
+) -> dict[str, Any]:
+    """A config as plain groups with dotted keys replaced; `name` and `role` of a point are passed
+    over. Groups that nothing changes are shared: a study may have ten thousand points.
 
     With `read`, values are text from a command line. Raises `UserError` on a key that is not there
     or a value of another type.
     """
-    config = ConfigDict(config.to_dict())
+    changed = dict(config)
     for key, value in overrides.items():
         if key in RESERVED and not read:
             continue
-        node, last = _find(config, key)
+        node, last = _find(changed, key)
         old = node[last]
         new = _literal(value, old) if read else value
-        with node.ignore_type():
-            node[last] = _like(old, new, f"config.{key}")
-    return config
+        node[last] = _like(old, new, f"config.{key}")
+    return changed
 
 
-def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The innermost group and the last part of a dotted key that exists."""
+def _find(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The innermost group and the last part of a dotted key that exists; the groups on the way
+    there become copies.
+    """
     node: Any = config
     parts = key.split(".")
     for i, part in enumerate(parts):
         where = ".".join(["config", *parts[:i]])
-        if not isinstance(node, ConfigDict):
+        if not isinstance(node, dict):
             raise UserError(f"{where} is a value and not a group; {where}.{part} cannot be set")
         if part not in node:
-            raise UserError(f"{where}.{part} is not a setting; {nearest(part, list(node.keys()))}")
+            raise UserError(f"{where}.{part} is not a setting; {nearest(part, list(node))}")
         if i < len(parts) - 1:
+            if isinstance(node[part], dict):
+                node[part] = dict(node[part])
             node = node[part]
     return node, parts[-1]
 
@@ -137,9 +148,9 @@ def _like(old: Any, new: Any, where: str) -> Any:
     number = isinstance(new, int | float) and not isinstance(new, bool)
     if number and not math.isfinite(new):
         raise UserError(f"{where} is {new}; it must be a finite number")
-    if isinstance(old, ConfigDict):
-        if isinstance(new, Mapping):  # a point may replace a whole group, such as a mixture
-            return ConfigDict(dict(new))
+    if isinstance(old, dict):
+        if isinstance(new, Mapping | ConfigDict):  # a point may replace a whole group: a mixture
+            return ConfigDict(new).to_dict()
         raise UserError(f"{where} is a group; set one of {', '.join(sorted(old))} in it")
     if old is None or type(old) is type(new):
         return new
@@ -199,7 +210,7 @@ def _failure(path: Path, error: BaseException) -> UserError:
 def _check_points(path: Path, config: ConfigDict, points: Any) -> None:
     if not isinstance(points, list | tuple) or not points:
         raise UserError(f"{path}: points(config) gave {points!r}; it must be a list of dicts")
-    seen = set()
+    seen, plain = set(), config.to_dict()
     for i, point in enumerate(points):
         name = point.get("name") if isinstance(point, Mapping) else None
         if not isinstance(name, str):
@@ -217,7 +228,7 @@ def _check_points(path: Path, config: ConfigDict, points: Any) -> None:
                 f"{path}: the role of point {name} is {point['role']!r}; use 'ladder' or 'control'"
             )
         try:
-            with_overrides(config, point)
+            overridden(plain, point)
         except UserError as error:
             raise UserError(f"{path}: point {name}: {error}") from error
 

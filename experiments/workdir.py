@@ -104,6 +104,12 @@ def settings(place: str, told: Sequence[str]) -> Any:
     return build(cls, values, f"where={place}")
 
 
+def ready(where: Where | None) -> None:
+    """Raises UserError if the engine can do nothing from here; before anything is written."""
+    if where:
+        supervise.engine(where[0]).ready(where[1])
+
+
 def choose(workdir: Path, where: Where | None) -> None:
     """Writes down which engine carries out the cells; the local one if nothing is said."""
     supervise.choose(workdir, *(where or ("local", settings("local", []))))

@@ -3,6 +3,7 @@
 An engine is a module with one contract, so that the runner needs to know only its name:
 
     Settings                                    frozen, what the user may say (`--where.KEY=VALUE`)
+    ready(settings) -> None                     UserError if nothing can be submitted from here
     submit(commands, settings) -> ids           starts every command
     status(ids, settings) -> [Status]           without waiting
     cancel(ids, settings, grace) -> None        asks each to stop, ends those that do not

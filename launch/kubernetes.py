@@ -37,6 +37,11 @@ def render(commands: Sequence[Command], settings: Settings) -> str:
     return str(yaml.dump_all(bodies, Dumper=Dumper, sort_keys=False, explicit_start=True))
 
 
+def ready(settings: Settings) -> None:
+    """Raises UserError without the official client, or where no cluster is configured."""
+    cluster.Calls(settings)
+
+
 def submit(commands: Sequence[Command], settings: Settings) -> list[str]:
     """Creates an object for every command, or adopts the one that is there; returns their ids.
 

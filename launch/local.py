@@ -38,6 +38,10 @@ class Settings:
     """This machine needs to be told nothing: `--workers` says how many processes."""
 
 
+def ready(settings: Settings) -> None:
+    """A machine can always start processes."""
+
+
 def submit(commands: Sequence[Command], settings: Settings | None = None) -> list[str]:
     """Starts every command in a session of its own, its output appended to its log."""
     return [_start(command) for command in commands]

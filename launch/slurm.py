@@ -61,6 +61,13 @@ REMEDIES = {
 }
 
 
+def ready(settings: Settings) -> None:
+    """Raises UserError where the programs of Slurm are not there."""
+    for program in ("sbatch", "squeue", "scancel", "scontrol"):
+        if not shutil.which(program):
+            raise _missing(program)
+
+
 def submit(commands: Sequence[Command], settings: Settings) -> list[str]:
     """Submits every command as a task of an array, in arrays as large as the cluster takes; the ids
     in the order of `commands`. Raises UserError, with nothing left in the queue, if one is refused.
@@ -329,10 +336,7 @@ def _call(program: str, *arguments: str, env: Mapping[str, str] | None = None) -
             env=_environment() if env is None else env,
         )
     except FileNotFoundError:
-        raise UserError(
-            f"{program} was not found; --where=slurm needs the programs of Slurm, so start it on a"
-            " login node"
-        ) from None
+        raise _missing(program) from None
     except subprocess.TimeoutExpired:
         raise _Silent(f"{program} did not answer within {SECONDS:.0f} s") from None
     if done.returncode:
@@ -341,6 +345,13 @@ def _call(program: str, *arguments: str, env: Mapping[str, str] | None = None) -
         problem.said = said
         raise problem
     return done.stdout
+
+
+def _missing(program: str) -> UserError:
+    return UserError(
+        f"{program} was not found; --where=slurm needs the programs of Slurm, so start it on a"
+        " login node"
+    )
 
 
 def _parse(text: str) -> _Task:

@@ -10,6 +10,7 @@ Standard library only.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +20,8 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+PLAIN = (str, int, float, bool, types.NoneType)
 
 
 class UserError(ValueError):
@@ -34,8 +37,7 @@ def build[T](cls: type[T], mapping: Mapping[str, Any], where: str = "config") ->
     """
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} is {_show(mapping)}; it must be a mapping of settings")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints, fields = _settings(cls)  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
             raise UserError(f"{where}.{key} is not a setting; {nearest(str(key), list(fields))}")
@@ -49,8 +51,17 @@ def build[T](cls: type[T], mapping: Mapping[str, Any], where: str = "config") ->
         raise UserError(f"{where}: {error}") from error
 
 
+@functools.cache
+def _settings(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    """The types and the fields of a dataclass that may be set; asked for at every point."""
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    return typing.get_type_hints(cls), fields
+
+
 def to_dict(obj: Any) -> Any:
     """The JSON-ready form of a dataclass or of plain values; `build` reads it back."""
+    if type(obj) in PLAIN:  # nearly all there are; asking for abstract classes takes longer
+        return obj
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         kept = (f for f in dataclasses.fields(obj) if f.init and not _omitted(f, obj))
         return {f.name: to_dict(getattr(obj, f.name)) for f in kept}

@@ -21,7 +21,7 @@ PLACES = ("v5e:16x16", "v5p:8x8x8", "h100:32x8")
 def todo(name, *overrides):
     """The cells of a ladder."""
     study = load(tiny.ROOT / "experiments" / f"{name}.py", overrides)
-    return cells(study.name, [runner._point(study, p) for p in study.points])
+    return cells(study.name, runner.points_of(study))
 
 
 @pytest.mark.parametrize("name", LADDERS)

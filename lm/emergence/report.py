@@ -17,6 +17,8 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +46,26 @@ def _pool(processes: int) -> "Iterator[Share]":
     """A `map` that shares out its items among processes where that is worth their start."""
     # Not forked: a caller may have threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
 
         def share(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
             items = list(items)
             return map(function, items) if len(items) <= FEW else pool.map(function, items)
 
         yield share if processes > 1 else map
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone: one that was killed cannot say so to its pool."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def analyse(workdir: AnyPath) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 and a computed chance.
 """
 
+import functools
 from collections.abc import Callable
 
 from lm.config import UserError
@@ -83,6 +84,7 @@ TASKS: dict[tuple[str, str], Callable[[int], Task]] = {
 ALPHABET = "".join(chr(c) for c in range(0x20, 0x7F))
 
 
+@functools.cache
 def task(name: str, level: str, format: int = 0) -> Task:
     """The task of that name and level in one prompt format; raises UserError naming what there
     is.

@@ -7,6 +7,7 @@ chain's entropy rate, and the road there is smooth: a verdict "emergent" would b
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -37,7 +38,8 @@ CHAIN_FORMATS = (
 )
 
 
-def _labels() -> list[str]:
+@functools.cache
+def _labels() -> tuple[str, ...]:
     """A label per key, balanced inside every split: else a majority guess beats 1/4 by chance."""
     rng = np.random.default_rng(WORLD)
     labels = [""] * KEYS
@@ -46,7 +48,7 @@ def _labels() -> list[str]:
         order = rng.permutation(len(keys))
         for place, k in zip(order, keys, strict=True):
             labels[k] = LABELS[place % len(LABELS)]
-    return labels
+    return tuple(labels)
 
 
 def random_labels(format: int = 0) -> Task:

@@ -15,7 +15,7 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,14 @@ class Checkpoints:
     holds the cell's lock.
     """
 
-    def __init__(self, folder: Path, keep: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: Collection[int] = (),
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = folder = folder.absolute()  # Orbax takes no other
+        self.check = check  # raises when the cell is not the caller's any more
         self.keep = frozenset(keep)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +96,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if not self.first:  # Orbax's own barrier was passed: all have written
                 return
+            self.check()
             write_json(
                 self._manifest(step),
                 make_manifest(self.folder / str(step)) | {"step": step, **extra},
@@ -156,7 +163,10 @@ class Checkpoints:
         self._manifest(step).rename(target.with_name(target.name + ".json"))
 
     def _abandon(self, step: int) -> None:
-        """Gives back the space of a write that failed, so that a retry can succeed."""
+        """Gives back the space of a write that failed, so that a retry can succeed; not if the cell
+        has been taken over: the step may be the other's.
+        """
+        self.check()
         if not self.first:
             return
         for path in (self.folder / str(step), *self.folder.glob(f"{step}.orbax*")):

@@ -68,7 +68,7 @@ def train(
     )
     chances = {(t["task"], t["level"], t["format"]): t["chance"] for t in prepared.tasks}
     record = Recorder(cell, folder, attempt, chances)
-    saved = Checkpoints(checkpoints or folder / "checkpoints", cell.kept_steps)
+    saved = Checkpoints(checkpoints or folder / "checkpoints", cell.kept_steps, check)
     try:
         record.event("begin")
         tick = time.monotonic()
