@@ -29,6 +29,7 @@ VERBS = {
     "published": ("lm.emergence.published:main", "recompute the numbers of published curves"),
     "tasks": ("lm.tasks.catalogue:main", "list the abilities, or everything about one"),
     "tokenizer": ("lm.data.tokenizer:main", "train a tokenizer, or show one"),
+    "score": ("lm.eval.text:main", "BLEU, chrF and ROUGE of texts, with intervals"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 
