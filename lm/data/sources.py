@@ -127,19 +127,24 @@ def scan(source: SourceConfig) -> Corpus:
 
 
 def split_files(files: Sequence[File]) -> dict[Split, tuple[File, ...]]:
-    """Splits by blake2b of the relative path mod 1000: below 900 train, below 950 validation.
+    """Splits by relative path, as `split_names` does; of a split the files are in its order."""
+    by_path = {file.path: file for file in files}
+    names = split_names(list(by_path))
+    return {split: tuple(by_path[path] for path in names[split]) for split in SPLITS}
 
-    Where that leaves a split of a small corpus empty, the cut moves by as few files as needed; the
-    order along which it moves is the hash's as well. Needs at least three files.
+
+def split_names(names: Sequence[str]) -> dict[Split, list[str]]:
+    """Splits by blake2b of the name mod 1000: below 900 train, below 950 validation; sorted.
+
+    Where that leaves a split of a few names empty, the cut moves by as few names as needed; the
+    order along which it moves is the hash's as well. Needs at least three names.
     """
-    ranked = sorted(files, key=lambda f: (_hash(f.path) % 1000, _hash(f.path)))
-    ranks = [_hash(f.path) % 1000 for f in ranked]
+    ranked = sorted((_hash(name) % 1000, _hash(name), name) for name in names)
     n = len(ranked)
-    train = min(max(sum(r < 900 for r in ranks), 1), n - 2)
-    test = min(max(sum(r < 950 for r in ranks), train + 1), n - 1)
+    train = min(max(sum(rank < 900 for rank, _, _ in ranked), 1), n - 2)
+    test = min(max(sum(rank < 950 for rank, _, _ in ranked), train + 1), n - 1)
     parts = ranked[:train], ranked[train:test], ranked[test:]
-    by_path = (tuple(sorted(part, key=lambda f: f.path)) for part in parts)
-    return dict(zip(SPLITS, by_path, strict=True))
+    return {s: sorted(name for *_, name in part) for s, part in zip(SPLITS, parts, strict=True)}
 
 
 def documents(
