@@ -1,0 +1,1 @@
+"""Models of other people: their weights, their tokenizers, and the same for ours."""
