@@ -10,7 +10,8 @@ FLOPs are those of the products, 2 per multiply-add. A sequence of T tokens cost
 
     2 T (weights of the layers and of the head) + 4 L N H T (T + 1) / 2
 
-for only T (T + 1) / 2 pairs are seen under a causal mask. Looking up an embedding is free, norms
+for only T (T + 1) / 2 pairs are seen under a causal mask, fewer through a window, and all T^2 in
+both directions. Looking up an embedding is free, norms
 and other element-wise work are left out, backward is twice forward, and recomputing it (remat,
 blockwise) is not counted.
 """
@@ -19,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.config import UserError, nearest
-from lm.models.transformer import TransformerConfig
+from lm.models import TransformerConfig
+from lm.models.config import GATED
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters; `embedding` is the token table and an untied head, `non_embedding` the
-    rest.
+    """Counts of parameters; `embedding` is the tables of tokens, positions and types and an untied
+    head, `non_embedding` the rest.
     """
 
     total: int
@@ -67,8 +69,8 @@ def ladder(size: str, **settings: Any) -> TransformerConfig:
         layers, width = _parse(size)
         heads = _heads(width)
         shape = {"vocab_size": 128, "activation": "gelu", "kv_heads": settings.get("heads", heads)}
-        gelu = settings.get("activation", "gelu") == "gelu"
-        shape["mlp_size"] = 4 * width if gelu else 2 * round(4 * width / 3)
+        gated = settings.get("activation", "gelu") in GATED
+        shape["mlp_size"] = 2 * round(4 * width / 3) if gated else 4 * width
     shape |= {"layers": layers, "width": width, "heads": heads}
     return TransformerConfig(**(shape | settings))
 
@@ -97,20 +99,33 @@ def _heads(width: int) -> int:
 def parameters(config: TransformerConfig) -> Parameters:
     """Exact counts."""
     c = config
-    norms = 2 * c.width + (2 * c.head_size if c.qk_norm == "rms" else 0)
-    tables = c.vocab_size * c.width * (2 if c.head == "untied" else 1)
-    layers = c.layers * (_layer_weights(c) + norms) + c.width
-    return Parameters(layers + tables, layers, tables)
+    rows = c.vocab_size * (2 if c.head == "untied" else 1) + c.token_types
+    tables = c.width * (rows + (c.context if c.positions == "learned" else 0))
+    layers = c.layers * (_layer_weights(c) + _layer_vectors(c))
+    # Of the final states, or of the embedding of a post-norm model.
+    top = _norm(c)
+    if c.head == "mlm":
+        biased = c.width if c.bias == "all" else 0
+        top += c.width * c.width + biased + _norm(c) + c.vocab_size
+    return Parameters(layers + top + tables, layers + top, tables)
 
 
 def flops_forward(config: TransformerConfig, length: int, *, causal: bool = True) -> int:
     """Exact FLOPs of the forward pass of one sequence; `causal=False` counts all T^2 pairs of
-    attention.
+    attention, whatever the model sees.
     """
     c = config
     weights = c.layers * _layer_weights(c) + c.vocab_size * c.width
-    pairs = length * (length + 1) // 2 if causal else length * length
-    return 2 * length * weights + 4 * c.layers * c.width * pairs
+    weights += c.width * c.width if c.head == "mlm" else 0
+    pairs = _pairs(c, length) if causal else length * length
+    return 2 * length * weights + 4 * c.layers * c.heads * c.head_size * pairs
+
+
+def _pairs(c: TransformerConfig, length: int) -> int:
+    """Pairs of a query and a key that it sees."""
+    reach = min(c.window or length, length)  # tokens that the last one sees to its left, and itself
+    behind = reach * (reach + 1) // 2 + (length - reach) * reach
+    return behind if c.direction == "causal" else 2 * behind - length
 
 
 def flops_per_sequence(config: TransformerConfig, length: int) -> int:
@@ -132,5 +147,20 @@ def six_n(config: TransformerConfig) -> int:
 
 def _layer_weights(c: TransformerConfig) -> int:
     """Entries of the matrices of one layer: q and out, k and v, and the MLP's two or three."""
-    attention = 2 * c.width * c.width + 2 * c.width * c.kv_heads * c.head_size
-    return attention + c.width * c.mlp_size * (3 if c.activation == "swiglu" else 2)
+    attention = 2 * c.width * c.head_size * (c.heads + c.kv_heads)
+    return attention + c.width * c.mlp_size * (3 if c.gated else 2)
+
+
+def _layer_vectors(c: TransformerConfig) -> int:
+    """Entries of the norms and biases of one layer."""
+    entries = 2 * _norm(c) + (2 * c.head_size if c.qk_norm == "rms" else 0)
+    if c.bias != "none":
+        entries += c.head_size * (c.heads + 2 * c.kv_heads)
+    if c.bias == "all":
+        entries += 2 * c.width + c.mlp_size * (2 if c.gated else 1)
+    return entries
+
+
+def _norm(c: TransformerConfig) -> int:
+    """Entries of a norm over the width."""
+    return c.width * (2 if c.norm == "layer" else 1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES, family
 from flax import linen as nn
 
 from lm.config import UserError
@@ -29,12 +30,16 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.layers}x{c.width}")
+OTHERS = [family(name) for name in FAMILIES]
+TABLES = ("embed", "head", "position_embed", "type_embed")
+
+
+@pytest.mark.parametrize("config", CONFIGS + OTHERS, ids=lambda c: f"{c.layers}x{c.width}")
 def test_parameters_equal_the_tree(config):
     """Breaks if a weight is added to the model and not to the count, at any size."""
     tree = nn.unbox(abstract(config))
     total = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    tables = sum(tree[name].size for name in ("embed", "head") if name in tree)
+    tables = sum(tree[name].size for name in TABLES if name in tree)
     counts = parameters(config)
     assert (counts.total, counts.embedding) == (total, tables)
     assert counts.non_embedding == total - tables
@@ -55,7 +60,7 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize(
-    "config", CONFIGS[4:10:2] + CONFIGS[-1:], ids=lambda c: f"{c.layers}x{c.width}"
+    "config", CONFIGS[4:10:2] + CONFIGS[-1:] + OTHERS, ids=lambda c: f"{c.layers}x{c.width}"
 )
 def test_forward_flops_equal_the_products_of_the_model(config):
     """Breaks if a product is added to the model and not to the count, or counted in another

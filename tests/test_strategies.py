@@ -20,8 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from lm import objectives
 from lm.attention.ring import deal
 from lm.data.loader import Batch
-from lm.models import Transformer, TransformerConfig, abstract, initialise
-from lm.models.transformer import mup_multipliers
+from lm.models import Transformer, TransformerConfig, abstract, initialise, mup_multipliers
 from lm.sharding import batch_sharding, make_mesh, replica_axis, shardings
 from lm.train import optim
 from lm.train.population import make_population

@@ -86,9 +86,9 @@ def rotary_attention(
     qkv: Array, angles: tuple[Array, Array], mask: Mask | Ring, *, impl: str = "auto"
 ) -> Array:
     """Attention of what one product leaves, qkv [B, T, K, N/K + 2, H] (the queries of a kv head's
-    group, its key, its value), with queries and keys turned by angles [B, T, H/2] -> [B, T, N, H].
+    group, its key, its value), with queries and keys turned by angles [B, T, R/2] -> [B, T, N, H].
 
-    The CPU kernel does all of it in one pass over qkv.
+    The CPU kernel does all of it in one pass over qkv, where whole heads are turned, R = H.
     """
     B, T, K, group, H = qkv.shape
     if isinstance(mask, Ring):
@@ -96,7 +96,8 @@ def rotary_attention(
         return attention(rotate(x, angles), rotate(y, angles), v, mask, impl=impl)
     q, k = (jax.ShapeDtypeStruct((B, T, n, H), qkv.dtype) for n in (K * (group - 2), K))
     check(q, k, k, mask)
-    if choose(q, k, k, mask, impl) != "cpu":
+    whole = 2 * angles[0].shape[-1] == H
+    if choose(q, k, k, mask, impl) != "cpu" or not whole:
         x, y, v = split_heads(qkv)
         return attention(rotate(x, angles), rotate(y, angles), v, mask, impl=impl)
 

@@ -16,7 +16,7 @@ from lm.attention import Mask, attention
 from lm.bench.cases import AttentionCase, Pass, TrainCase
 from lm.bench.work import CHECKED, OPTIM, Work, operands, rows, weight
 from lm.config import UserError
-from lm.models.transformer import TransformerConfig
+from lm.models import TransformerConfig
 from lm.sizes import flops_per_sequence
 
 # Temporaries above this are not run: the page would be measured, or the machine would kill us.

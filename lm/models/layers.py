@@ -1,4 +1,7 @@
-"""The parts of a Transformer: parameters with named axes, norm, rotary positions, products."""
+"""The parts of a model: parameters with named axes, norms, products, activations.
+
+Functions that take a `module` make its parameters; its `config` says in which form.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +11,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from lm.models.config import deviation
 from lm.sharding import constrain
+
+Axes = tuple[str | None, ...]
 
 
 def parameter(
     module: Any,
     name: str,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: Axes,
     init: Callable[..., Array],
 ) -> Array:
     """A parameter with logical axes; the module's config names `param_dtype`, in which it is
@@ -26,6 +32,44 @@ def parameter(
     return constrain(value.astype(config.dtype), axes)
 
 
+def weight(module: Any, name: str, shape: tuple[int, ...], *axes: str | None) -> Array:
+    """A matrix of the table of deviations."""
+    init = nn.initializers.normal(deviation(module.config, name))
+    return parameter(module, name, shape, axes, init)
+
+
+def scale(module: Any, name: str, size: int) -> Array:
+    """The factor of a norm."""
+    return parameter(module, name, (size,), (None,), nn.initializers.ones)
+
+
+def bias(module: Any, name: str, size: int, axis: str | None = None) -> Array:
+    """What is added to a product or a norm."""
+    return parameter(module, name, (size,), (axis,), nn.initializers.zeros)
+
+
+def dense(
+    module: Any, name: str, x: Array, shape: tuple[int, int], axes: tuple[str | None, str | None]
+) -> Array:
+    """x [X, I] times the weight `name` [I, O], plus `name`_bias where the config has one."""
+    y = product(x, weight(module, name, shape, *axes))
+    has = module.config.bias
+    if has == "all" or (has == "qkv" and name == "qkv"):
+        # What lies along the residual stream is whole on every device, as the norms are.
+        axis = None if axes[1] == "embed" else axes[1]
+        y = y + bias(module, f"{name}_bias", shape[1], axis)
+    return y
+
+
+def normalise(module: Any, name: str, x: Array) -> Array:
+    """x by the config's norm, with the factor `name` and, of a layer norm, `name`_bias."""
+    c, D = module.config, x.shape[-1]
+    factor = scale(module, name, D)
+    if c.norm == "rms":
+        return rms_norm(x, factor, c.norm_epsilon)
+    return layer_norm(x, factor, bias(module, f"{name}_bias", D), c.norm_epsilon)
+
+
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32.
 
@@ -34,6 +78,26 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     wide = x.astype(jnp.float32)
     inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (wide * inverse * scale).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, computed in float32.
+
+    Ba et al. 2016, equation 4.
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * scale + bias).astype(x.dtype)
+
+
+def activate(name: str, x: Array) -> Array:
+    """The nonlinearity of a config's `activation`, which for a gated MLP is that of the gate."""
+    if name == "relu":
+        return jax.nn.relu(x)
+    if name == "swiglu":
+        return jax.nn.silu(x)
+    return jax.nn.gelu(x, approximate=name != "gelu_exact")
 
 
 def product(x: Array, w: Array) -> Array:

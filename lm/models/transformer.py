@@ -1,4 +1,5 @@
-"""The decoder-only Transformer: pre-norm blocks, rotary positions, grouped queries.
+"""The Transformer: blocks of attention and an MLP over a stream of states, in the forms that a
+config can express. As our own studies have it (pre-norm, rotary positions, grouped queries):
 
     x = embed(tokens)
     x = x + out(attention(rope(q), rope(k), v))    where [q k v] = qkv(norm(x))      per layer
@@ -7,210 +8,218 @@
 
 A document sees itself only (segments), and positions restart in each. Weights are two-dimensional
 products on [B*T, D]. The columns of `qkv` are ordered by kv head, [K, (N/K queries, key, value),
-H], so that a cut along K is a cut along heads. `gate` and `up` are not one, for a cut along F would
-separate them; as [D, 2, F] their product takes 5 times as long on a CPU.
+H], so that a cut along K is a cut along heads; a loader of other layouts has to arrange them so.
+`gate` and `up` are not one, for a cut along F would separate them; as [D, 2, F] their product takes
+5 times as long on a CPU.
 
 Width transfer (muP; Yang et al. 2022, table 8, for Adam), with m = width / base_width: hidden
-weights have standard deviation 1/sqrt(fan-in) and learning rate 1/m; embedding, head and norms keep
-both; the logits are multiplied by 1/m.
+weights have standard deviation 1/sqrt(fan-in) and learning rate 1/m; embeddings, head, norms and
+biases keep both; the logits are multiplied by 1/m.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from lm.attention import BACKENDS, Mask, Ring, attention, rotary_attention
+from lm.attention import Mask, Ring, attention, rotary_attention
 from lm.attention.rotary import rope_angles, rotate, split_heads
-from lm.config import UserError, divides, nearest, positive, within
-from lm.models.layers import dropout, logits, parameter, product, rms_norm
+from lm.config import UserError
+from lm.models.config import TransformerConfig, deviation
+from lm.models.layers import (
+    activate,
+    bias,
+    dense,
+    dropout,
+    logits,
+    normalise,
+    rms_norm,
+    scale,
+    weight,
+)
 from lm.sharding import constrain
 
+__all__ = ["Block", "Transformer", "TransformerConfig", "deviation"]
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Shape and numerics of a Transformer; `mlp_size` is F, `width` D, `heads` N, `kv_heads` K."""
-
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    mlp_size: int
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    norm_epsilon: float = 1e-6
-    qk_norm: Literal["none", "rms"] = "none"
-    head: Literal["tied", "untied"] = "tied"
-    rope_base: float = 10_000.0
-    dropout: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: str = "auto"
-    layer_loop: Literal["scan", "unroll"] = "scan"
-    remat: Literal["none", "dots", "full"] = "none"
-    base_width: int = 0  # muP: the width at which learning rates are tuned; 0 is off
-    loss: Literal["auto", "logits", "chunked"] = "auto"  # lm/objectives.py says what auto takes
-    z_loss: float = 0.0  # training adds z_loss * lse^2 (Chowdhery et al. 2022, section 5: 1e-4)
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_size"):
-            positive(name, getattr(self, name))
-        for name in ("norm_epsilon", "rope_base"):
-            positive(name, getattr(self, name))
-        within("base_width", self.base_width, 0)
-        within("z_loss", self.z_loss, 0, 1)
-        within("dropout", self.dropout, 0, 1)
-        if self.dropout == 1:
-            raise UserError("dropout 1 drops everything; use less than 1")
-        if self.attention not in ("auto", *BACKENDS):
-            remedy = nearest(self.attention, ["auto", *BACKENDS])
-            raise UserError(f"attention {self.attention!r} is not a backend; {remedy}")
-        divides("heads", self.heads, "width", self.width)
-        divides("kv_heads", self.kv_heads, "heads", self.heads)
-        if self.head_size % 2:
-            raise UserError(
-                f"head size {self.head_size} (width {self.width} / heads {self.heads}) is odd;"
-                " rotary positions need an even one, change heads or width"
-            )
-
-    @property
-    def head_size(self) -> int:
-        """H."""
-        return self.width // self.heads
-
-    @property
-    def group(self) -> int:
-        """Query heads per kv head, N / K."""
-        return self.heads // self.kv_heads
-
-    @property
-    def width_ratio(self) -> float:
-        """m of muP; 1 when it is off."""
-        return self.width / self.base_width if self.base_width else 1.0
-
-
-def deviation(config: TransformerConfig, name: str) -> float:
-    """Standard deviation of the normal initialiser of a weight; norms start at one."""
-    base = config.base_width or config.width
-    branch = (2 * config.layers) ** -0.5  # the residual stream grows the same at every depth
-    return {
-        "embed": base**-0.5,
-        "head": base**-0.5,
-        "qkv": config.width**-0.5,
-        "out": config.width**-0.5 * branch,
-        "gate": config.width**-0.5,
-        "up": config.width**-0.5,
-        "down": config.mlp_size**-0.5 * branch,
-    }[name]
-
-
-def _weight(module: Any, name: str, shape: tuple[int, ...], *axes: str | None) -> Array:
-    init = nn.initializers.normal(deviation(module.config, name))
-    return parameter(module, name, shape, axes, init)
-
-
-def _scale(module: Any, name: str, size: int) -> Array:
-    return parameter(module, name, (size,), (None,), nn.initializers.ones)
+STREAM = ("batch", "seq", None)
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each on the normalised stream and added to it."""
+    """One layer: attention, then the MLP, each added to the stream."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: Array, key: Array | None, mask: Mask | Ring, angles: tuple
+        self, x: Array, key: Array | None, mask: Mask | Ring, angles: tuple | None
     ) -> tuple[Array, None]:
         """x [B, T, D] -> ([B, T, D], None); `key` switches dropout on."""
-        c, D = self.config, self.config.width
+        c = self.config
         keys = (None, None) if key is None else jax.random.split(key)
+        pre, given = c.block != "post", x
 
-        h = rms_norm(x, _scale(self, "norm1", D), c.norm_epsilon)
-        h = self.attend(h, mask, angles)
-        x = constrain(x + dropout(h, c.dropout, keys[0]), ("batch", "seq", None))
+        h = self.attend(normalise(self, "norm1", x) if pre else x, mask, angles)
+        x = constrain(x + dropout(h, c.dropout, keys[0]), STREAM)
+        x = x if pre else normalise(self, "norm1", x)
 
-        h = rms_norm(x, _scale(self, "norm2", D), c.norm_epsilon)
-        h = self.mlp(h)
-        return constrain(x + dropout(h, c.dropout, keys[1]), ("batch", "seq", None)), None
+        y = given if c.block == "parallel" else x
+        h = self.mlp(normalise(self, "norm2", y) if pre else y)
+        x = constrain(x + dropout(h, c.dropout, keys[1]), STREAM)
+        return x if pre else normalise(self, "norm2", x), None
 
-    def attend(self, x: Array, mask: Mask | Ring, angles: tuple) -> Array:
+    def attend(self, x: Array, mask: Mask | Ring, angles: tuple | None) -> Array:
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
         (B, T, D), K, G, H = x.shape, c.kv_heads, c.group, c.head_size
-        w = _weight(self, "qkv", (D, K * (G + 2) * H), "embed", "heads")
-        qkv = product(x.reshape(B * T, D), w)
+        qkv = dense(self, "qkv", x.reshape(B * T, D), (D, K * (G + 2) * H), ("embed", "heads"))
         qkv = constrain(qkv.reshape(B, T, K, G + 2, H), ("batch", "seq", "kv_heads", None, "head"))
-        if c.qk_norm == "rms":
-            q, k, v = split_heads(qkv)
-            q = rms_norm(q, _scale(self, "q_norm", H), c.norm_epsilon)
-            k = rms_norm(k, _scale(self, "k_norm", H), c.norm_epsilon)
-            a = attention(rotate(q, angles), rotate(k, angles), v, mask, impl=c.attention)
-        else:
+        if angles is not None and c.qk_norm == "none":
             a = rotary_attention(qkv, angles, mask, impl=c.attention)
-        out = _weight(self, "out", (K * G * H, D), "heads", "embed")
-        return product(a.reshape(B * T, K * G * H), out).reshape(B, T, D)
+        else:
+            q, k, v = split_heads(qkv)
+            if c.qk_norm == "rms":
+                q = rms_norm(q, scale(self, "q_norm", H), c.norm_epsilon)
+                k = rms_norm(k, scale(self, "k_norm", H), c.norm_epsilon)
+            if angles is not None:
+                q, k = rotate(q, angles), rotate(k, angles)
+            a = attention(q, k, v, mask, impl=c.attention)
+        a = a.reshape(B * T, K * G * H)
+        return dense(self, "out", a, (K * G * H, D), ("heads", "embed")).reshape(B, T, D)
 
     def mlp(self, x: Array) -> Array:
         """x [B, T, D] -> [B, T, D]."""
         c = self.config
         (B, T, D), F = x.shape, c.mlp_size
         x = x.reshape(B * T, D)
-        h = product(x, _weight(self, "up", (D, F), "embed", "mlp"))
-        if c.activation == "swiglu":
-            gate = product(x, _weight(self, "gate", (D, F), "embed", "mlp"))
-            h = jax.nn.silu(gate) * h
+        h = dense(self, "up", x, (D, F), ("embed", "mlp"))
+        if c.gated:
+            gate = dense(self, "gate", x, (D, F), ("embed", "mlp"))
+            h = activate(c.activation, gate) * h
         else:
-            h = jax.nn.gelu(h, approximate=True)
-        return product(h, _weight(self, "down", (F, D), "mlp", "embed")).reshape(B, T, D)
+            h = activate(c.activation, h)
+        return dense(self, "down", h, (F, D), ("mlp", "embed")).reshape(B, T, D)
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model."""
+    """A language model, causal or of both directions."""
 
     config: TransformerConfig
 
     def __call__(
-        self, tokens: Array, segments: Array, positions: Array, *, deterministic: bool = True
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        types: Array | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Array:
-        """tokens, segments, positions int32 [B, T] -> logits float32 [B, T, V].
+        """tokens, segments, positions, types int32 [B, T] -> logits float32 [B, T, V].
 
-        Segments are 1.. for documents and 0 for padding. Dropout needs `deterministic=False` and
-        `rngs={"dropout": key}`.
+        Segments are 1.. for documents and 0 for padding; types default to 0. Dropout needs
+        `deterministic=False` and `rngs={"dropout": key}`.
         """
         c, (B, T) = self.config, tokens.shape
-        x, table = self.hidden(tokens, segments, positions, deterministic=deterministic)
+        x, table, offset = self.states(
+            tokens, segments, positions, types, deterministic=deterministic
+        )
         y = logits(x.reshape(B * T, c.width), table) / c.width_ratio
+        y = y if offset is None else y + offset
         return constrain(y.reshape(B, T, c.vocab_size), ("batch", "seq", "vocab"))
 
-    @nn.compact
     def hidden(
-        self, tokens: Array, segments: Array, positions: Array, *, deterministic: bool = True
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        types: Array | None = None,
+        *,
+        deterministic: bool = True,
     ) -> tuple[Array, Array]:
         """What the logits are the product of: final states [B, T, D] and the head's table [V, D].
 
-        The logits are this product over `width_ratio`.
+        The logits are this product over `width_ratio`. A head with a bias has it as a further
+        column of the table, [V, D + 1], beside states of one.
         """
+        x, table, offset = self.states(
+            tokens, segments, positions, types, deterministic=deterministic
+        )
+        if offset is not None:
+            column = (offset * self.config.width_ratio)[:, None].astype(table.dtype)
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+            table = jnp.concatenate([table, column], axis=-1)
+        return x, table
+
+    @nn.compact
+    def states(
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        types: Array | None,
+        *,
+        deterministic: bool,
+    ) -> tuple[Array, Array, Array | None]:
+        """Final states [B, T, D], the head's table [V, D] and its bias [V] or None."""
         c = self.config
-        table = _weight(self, "embed", (c.vocab_size, c.width), "vocab", "embed")
-        x = constrain(jnp.take(table, tokens, axis=0), ("batch", "seq", None))
+        table, x = self.enter(tokens, positions, types)
         keys = None
         if c.dropout and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), c.layers + 1)
             x, keys = dropout(x, c.dropout, keys[0]), keys[1:]
+        x, _ = _stack(c)(c, name="layers")(x, keys, _mask(c, segments), _angles(c, positions))
+        return self.leave(x, table)
 
-        dealt = isinstance(segments, Ring)  # rows that several devices share
-        mask = segments if dealt else Mask(causal=True, q_segments=segments)
-        angles = rope_angles(positions, c.head_size, c.rope_base)
-        x, _ = _stack(c)(c, name="layers")(x, keys, mask, angles)
+    def enter(self, tokens: Array, positions: Array, types: Array | None) -> tuple[Array, Array]:
+        """The table [V, D] and what enters the first layer [B, T, D]."""
+        c, D = self.config, self.config.width
+        table = weight(self, "embed", (c.vocab_size, D), "vocab", "embed")
+        x = jnp.take(table, tokens, axis=0)
+        if c.token_types:
+            kinds = weight(self, "type_embed", (c.token_types, D), None, "embed")
+            x = x + (kinds[0] if types is None else jnp.take(kinds, types, axis=0))
+        if c.positions == "learned":
+            if tokens.shape[1] > c.context:
+                raise UserError(
+                    f"a row of {tokens.shape[1]} tokens is longer than the context of {c.context};"
+                    " cut it, or give the model a larger context"
+                )
+            places = weight(self, "position_embed", (c.context, D), None, "embed")
+            x = x + jnp.take(places, positions, axis=0)
+        x = constrain(x, STREAM)
+        return table, normalise(self, "embed_norm", x) if c.block == "post" else x
 
-        x = rms_norm(x, _scale(self, "norm", c.width), c.norm_epsilon)
+    def leave(self, x: Array, table: Array) -> tuple[Array, Array, Array | None]:
+        """What the logits are made of, from the last layer's x [B, T, D]."""
+        c, (B, T, D) = self.config, x.shape
+        if c.block != "post":
+            x = normalise(self, "norm", x)
         if c.head == "untied":
-            table = _weight(self, "head", (c.vocab_size, c.width), "vocab", "embed")
-        return x, table
+            table = weight(self, "head", (c.vocab_size, D), "vocab", "embed")
+        if c.head != "mlm":
+            return x, table, None
+        h = dense(self, "transform", x.reshape(B * T, D), (D, D), ("embed", None))
+        h = normalise(self, "transform_norm", activate(c.activation, h))
+        return h.reshape(B, T, D), table, bias(self, "head_bias", c.vocab_size, "vocab")
+
+
+def _mask(c: TransformerConfig, segments: Array | Ring) -> Mask | Ring:
+    if not isinstance(segments, Ring):
+        return Mask(c.direction == "causal", c.window or None, q_segments=segments)
+    if c.direction != "causal" or c.window:  # rows that several devices share
+        raise UserError(
+            f"several devices share each row, which only causal attention without a window can;"
+            f" direction is {c.direction!r} and window {c.window}, use a mesh without 'sequence'"
+        )
+    return segments
+
+
+def _angles(c: TransformerConfig, positions: Array) -> tuple[Array, Array] | None:
+    if c.positions != "rotary":
+        return None
+    return rope_angles(positions, c.rotated, c.rope_base, c.rope_scaling)
 
 
 def _stack(config: TransformerConfig) -> Any:
@@ -227,33 +236,4 @@ def _stack(config: TransformerConfig) -> Any:
         length=config.layers,
         unroll=config.layers if config.layer_loop == "unroll" else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
-def initialise(config: TransformerConfig, key: Array) -> Any:
-    """Fresh parameters, boxed with their logical axes; `nn.unbox` gives plain arrays."""
-    row = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, row, row, row)["params"]
-
-
-def abstract(config: TransformerConfig) -> Any:
-    """The boxed shapes of the parameters, for any size at no cost."""
-    return jax.eval_shape(lambda: initialise(config, jax.random.key(0)))
-
-
-def logical_axes(config: TransformerConfig) -> Any:
-    """The tree of parameters with a tuple of axis names in place of each."""
-
-    def boxed(leaf: Any) -> bool:
-        return isinstance(leaf, nn.Partitioned)
-
-    return jax.tree.map(lambda leaf: leaf.names, abstract(config), is_leaf=boxed)
-
-
-def mup_multipliers(config: TransformerConfig) -> Any:
-    """The tree of parameters with a factor of Adam's learning rate: 1/m for hidden weights."""
-    hidden = {"qkv", "out", "gate", "up", "down"}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: 1 / config.width_ratio if path[-1].key in hidden else 1.0,
-        nn.unbox(abstract(config)),
     )

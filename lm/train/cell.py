@@ -14,7 +14,7 @@ from lm import tasks
 from lm.config import UserError, build, fingerprint, positive, to_dict, within
 from lm.data.sources import SourceConfig
 from lm.data.tokenizer import TokenizerConfig
-from lm.models.transformer import TransformerConfig
+from lm.models import TransformerConfig
 from lm.sharding import Strategy
 from lm.sizes import ladder
 from lm.train.optim import OptimConfig, schedule

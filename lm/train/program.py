@@ -26,8 +26,8 @@ from lm.attention import ring
 from lm.config import UserError
 from lm.data.loader import Batch
 from lm.eval.score import Asked, Scores, make_scorer, nothing_asked
+from lm.models import Transformer, mup_multipliers
 from lm.models import fused as fused_kernel
-from lm.models.transformer import Transformer, mup_multipliers
 from lm.sharding import SEQUENCE, make_mesh
 from lm.train import optim
 from lm.train.cell import Cell
