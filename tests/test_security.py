@@ -31,8 +31,10 @@ CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
 METHODS = {"system", "popen", "getoutput", "getstatusoutput", "unpack_archive", "read_pickle"}
 METHODS |= {"to_pickle", "exec_module", "run_path", "run_module", "spawnl", "spawnv", "execl"}
 METHODS |= {"full_load", "unsafe_load", "load_all", "safe_load", "safe_load_all"}
-# What is meant: a study is a Python file that its user names on the command line.
+# What is meant: a study is a Python file that its user names on the command line; the programs of
+# a jail run in it, and nowhere else.
 MEANT = {("experiments.study", "exec_module")}
+MEANT |= {("lm.eval.pair", "exec"), ("lm.eval.pair", "compile")}
 # jax.jit(...).lower().compile() and the like are methods, `re.compile` is one as well.
 
 
