@@ -10,11 +10,12 @@ from typing import Literal
 from lm import models
 from lm.config import UserError
 from lm.pretrained import cells, gguf_tokenizer, sources, tokenizer, weights
+from lm.pretrained.export import export
 from lm.pretrained.gguf import open_gguf
 from lm.pretrained.loaded import Loaded
 from lm.pretrained.tensors import open_json
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "export", "load"]
 
 
 def load(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") -> Loaded:
@@ -32,8 +33,6 @@ def load(path: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") ->
         contents = open_gguf(path)
         text_tokenizer = gguf_tokenizer.from_metadata(path, contents.metadata)
         return _finish(path, sources.gguf(path, contents, dtype), text_tokenizer)
-    if not path.is_dir():
-        return cells.load(text, dtype)
     if (path / "checkpoints").is_dir() or not (path / "config.json").exists():
         return cells.load(text, dtype)
     config = open_json(path / "config.json", sources.LARGEST_CONFIG)

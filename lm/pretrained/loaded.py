@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lm.attention import Mask
 from lm.config import UserError
+from lm.models import TransformerConfig
 from lm.pretrained.tokenizer import TextTokenizer
 
 
@@ -34,10 +36,11 @@ class Loaded:
         """input_ids and attention_mask int [B, T] -> float32 [B, T, V]; with an encoder-decoder,
         decoder_input_ids int [B, U] -> [B, U, V].
 
-        A 0 in the mask is padding, on either side: it changes no logit of a real token, and its own
-        logits mean nothing. Positions are the columns, 0 to T - 1, as transformers has them when it
-        is given a mask and no positions; that matters only where positions are learned (GPT-2,
-        BERT), and there a row that is padded on the left is not what it is without the padding.
+        A 0 in the mask is padding, on either side, which no token sees; its own logits are those of
+        a token that sees the real ones up to its place, as with transformers. Positions are the
+        columns, 0 to T - 1, as transformers has them when it is given a mask and no positions. That
+        matters where positions are learned (GPT-2, BERT): there, a row that is padded on the left
+        is not what it is without the padding.
         Every shape is compiled once. Raises `UserError` for ids that the model does not have, and
         for rows longer than its context.
         """
@@ -48,14 +51,12 @@ class Loaded:
                 f"attention_mask has the shape {list(mask.shape)}, or others than 0 and 1; it must"
                 f" be 0 and 1 as {list(tokens.shape)}, as input_ids are"
             )
-        segments = mask.astype(np.int32)
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         if decoder_input_ids is not None:
             raise UserError(
                 "decoder_input_ids are for an encoder-decoder, and this model has no encoder; leave"
                 " them out"
             )
-        return np.asarray(_forward(self.model, self.params, tokens, segments, positions))
+        return np.asarray(_forward(self.model, self.params, tokens, mask.astype(np.int32)))
 
     def _ids(self, name: str, ids: Any) -> np.ndarray:
         array = np.asarray(ids)
@@ -80,6 +81,13 @@ class Loaded:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(model: Any, params: Any, tokens: Any, segments: Any, positions: Any) -> Array:
+def _forward(model: Any, params: Any, tokens: Array, real: Array) -> Array:
+    c = model.config
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments: Any = real
+    if isinstance(c, TransformerConfig):
+        # A padded place asks as well, and is not seen.
+        every = jnp.ones_like(real)
+        segments = Mask(c.direction == "causal", c.window or None, every, real)
     y: Array = model.apply({"params": params}, tokens, segments, positions)
     return y.astype(jnp.float32)

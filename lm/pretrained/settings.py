@@ -56,7 +56,8 @@ class Settings:
         """The record of a model of ours."""
         fields = [f for f in dataclasses.fields(cls) if "ours" in f.metadata]  # type: ignore[arg-type]
         values = {f.name: (f.metadata["ours"], getattr(c, f.metadata["ours"])) for f in fields}
-        return cls(**{k: _OUTWARD.get(name, _as_it_is)(v) for k, (name, v) in values.items()})
+        theirs = {k: _OUTWARD.get(name, _as_it_is)(v) for k, (name, v) in values.items()}
+        return build(cls, theirs, "config.json")  # refuses what the family cannot say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,7 @@ def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def written(settings: Settings) -> dict[str, Any]:
     """The record as config.json has it, in the spelling that old and new readers know."""
     found = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}  # type: ignore[call-overload]
+    found.pop("rope_type", None)  # the one there is
     scaling = found.pop("rope_scaling", ())
     if scaling:
         pairs = dict(zip(LLAMA3, scaling, strict=True))

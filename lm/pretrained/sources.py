@@ -50,11 +50,11 @@ def _tensors(path: Path) -> dict[str, Entry]:
     places = about.get("weight_map") if isinstance(about, dict) else None
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
         raise UserError(f"{index} has no weight_map of names and files; download it again")
-    found: dict[str, Entry] = {}
-    for name in sorted(set(places.values())):
-        # A name, not a path: nothing outside of the folder is opened.
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", name):
-            raise UserError(f"{index} names the file {show(name)}; it must be one of its folder")
+    names, found = sorted(set(places.values())), dict[str, Entry]()
+    # A name, not a path: nothing outside of the folder is opened.
+    if odd := [n for n in names if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", n)]:
+        raise UserError(f"{index} names the file {show(odd[0])}; it must be one of its folder")
+    for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path / name} is missing; {index.name} names it, download it")
         for entry in safetensors.entries(path / name).values():
@@ -121,7 +121,7 @@ _KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-# Rotations of Llama 3.1 and of 3.2: GGUF has their effect, a factor for each frequency, and no name.
+# Rotations of Llama 3.1 and 3.2: GGUF has their effect, a factor for each frequency, and no name.
 _KNOWN = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
 
 

@@ -5,6 +5,7 @@ parameter after another is made, filled tensor by tensor and handed to JAX witho
 device is the CPU: there is one copy of the weights, and one tensor.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ def slots(family: Family, config: Any) -> dict[str, Slot]:
     return found
 
 
+@functools.cache
 def parameters(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of our parameters by path, such as `layers/qkv`."""
     leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(models.abstract(config)))
