@@ -75,15 +75,6 @@ ENDINGS = {
         "time.sleep(60)",
         "memory",
     ),
-    "threads": (
-        "import threading, time\nn = 0\n"
-        "try:\n"
-        "    while True:\n"
-        "        threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); n += 1\n"
-        "except RuntimeError: assert n < 10, n\n"
-        "time.sleep(60)",
-        "time",
-    ),
     "a fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", "time"),
     "a killed program": ("import os; os.fork(); os.kill(os.getpid(), 9)", "killed"),
 }
@@ -96,6 +87,22 @@ def test_what_never_ends_is_ended(name):
     assert outcome.end in ([ends] if isinstance(ends, str) else ends), outcome
     assert outcome.seconds < QUICK.wall_s + sandbox.GRACE
     assert len(outcome.stdout) <= QUICK.output
+
+
+def test_threads_and_processes_are_counted_together():
+    program = """
+import os, threading, time
+count = 0
+try:
+    while True:
+        if os.fork() == 0: time.sleep(60)
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start(); count += 2
+except (OSError, RuntimeError): print(count, flush=True)
+os._exit(0)
+"""
+    # So much memory that it is not what ends it.
+    outcome = run(program, Limits(processes=8, memory=1 << 34))
+    assert outcome.end == "exit" and 4 <= int(outcome.stdout) <= 10, outcome
 
 
 # Each prints `no: ` and the reason why it could not; anything else is a hole.
@@ -121,6 +128,7 @@ TRIES = {
     "the devices": "open('/dev/vda', 'rb')",
     "the device of memory": "os.mknod('/tmp/mem', 0o20600, os.makedev(1, 1))",
     "the users": "open('/etc/passwd')",
+    "what was above before": "open('../etc/passwd')",
     "the processes": "os.listdir('/proc/1')",
     "higher limits": "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "a higher priority": "os.nice(-20)",
@@ -313,10 +321,15 @@ for fd in range(3, 64):
     assert outcome.said == ""
 
 
-def test_the_interpreter_is_read_only_for_the_superuser_too():
-    """Catches a remount that leaves what is mounted below writable."""
-    program = "import os, sys\nfor p in sys.path + ['/', '/usr/lib']: print(os.access(p, os.W_OK))"
-    assert set(run(program).stdout.split()) == {"False"}
+def test_all_but_tmp_is_mounted_read_only():
+    """Whose files they are does not matter: the interpreter may belong to who runs it."""
+    program = """
+import os, sys
+for path in ("/", "/dev", "/usr/lib", "/tmp", *sys.path):
+    if os.path.isdir(path): print(path, bool(os.statvfs(path).f_flag & os.ST_RDONLY))
+"""
+    found = dict(line.split() for line in run(program).stdout.splitlines())
+    assert found.pop("/tmp") == "False" and set(found.values()) == {"True"} and len(found) > 4
 
 
 def test_a_folder_is_left_nowhere():
@@ -339,6 +352,34 @@ def test_without_namespaces_it_is_refused_and_says_what_remains(monkeypatch):
     assert not sandbox.seccomp.supported()
 
 
+NO_LIMITS = sandbox.why_not("limits")
+
+
+@pytest.mark.skipif(bool(NO_LIMITS), reason=f"no limits: {NO_LIMITS}")
+def test_limits_alone_end_what_never_ends(tmp_path):
+    """What they promise: resources, signals, sockets, and nothing that outlives the run."""
+    marker = f"limits{os.getpid()}"
+    escape = f"""
+import os, signal, socket, sys
+for action in (os.setsid, lambda: os.setpgid(0, 0), lambda: os.kill({os.getpid()}, 0),
+               lambda: os.kill(os.getppid(), signal.SIGKILL), socket.socket):
+    try: action(); print("hole", action)
+    except PermissionError: pass
+print(dict(os.environ), os.listdir("."))
+if os.fork() == 0:
+    if os.fork(): os._exit(0)
+    os.execv(sys.executable, ["python", "-c", "import time; time.sleep(99) #{marker}"])
+"""
+    outcome = run(escape, QUICK, "limits")
+    assert outcome.end == "exit" and "hole" not in outcome.stdout, outcome
+    assert "HOME" not in outcome.stdout and outcome.stdout.endswith("[]\n")
+    assert alive(marker) == []
+    for name in ("a fork bomb", "many that hold memory", "infinite output", "sleep"):
+        program, end = ENDINGS[name]
+        assert run(program, QUICK, "limits").end == end
+    assert "MemoryError" in run("b'x' * (10 << 30)", QUICK, "limits").stderr
+
+
 def test_what_there_is_is_explained():
     lines = sandbox.explain().splitlines()
     assert lines[0] == "namespaces: yes" and platform.machine() in lines[2]
@@ -359,7 +400,7 @@ trap 'rm -rf $TMPDIR' EXIT
 setpriv --reuid=4321 --regid=4321 --clear-groups --inh-caps=-all --bounding-set=-all \\
   env HOME=$TMPDIR PYTHONDONTWRITEBYTECODE=1 ONSET_TEST_CACHE=$TMPDIR/cache {sys.executable} \\
   -m pytest -q -x -p no:cacheprovider -p no:xdist {__file__} \\
-  -k 'refused or fork or memory or files_outside or runs_away or killed or listener or judge'
+  -k 'limits_alone or refused or fork or memory or files_out or runs_away or killed or judge'
 """
     if top in ("/usr", "/lib"):  # everybody may read it, and nothing need be moved
         script = "set -e; export TMPDIR=$(mktemp -d); chmod 777" + script.split("chmod 777", 1)[1]

@@ -214,11 +214,10 @@ def check_all(
 def pass_at_k(n: int, passed: int, k: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that one of k samples passes, from c of n that did.
 
-    The quotient as a product of numbers below one (Chen et al. 2021, figure 3).
+    The quotient as a product (Chen et al. 2021, figure 3), one of whose factors is 0 where fewer
+    than k samples failed.
     """
     within("k", k, 1, n)
-    if n - passed < k:
-        return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(n - passed + 1, n + 1))
 
 
