@@ -30,6 +30,8 @@ VERBS = {
     "tasks": ("lm.tasks.catalogue:main", "list the abilities, or everything about one"),
     "tokenizer": ("lm.data.tokenizer:main", "train a tokenizer, or show one"),
     "score": ("lm.eval.text:main", "BLEU, chrF and ROUGE of texts, with intervals"),
+    "generate": ("lm.generate.cli:main", "go on with a text"),
+    "chat": ("lm.generate.chat:main", "a conversation in the terminal"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 

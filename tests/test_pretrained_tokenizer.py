@@ -103,6 +103,15 @@ LACKING = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
 
 
 @needs_smol
+@needs_bert
+def test_a_text_begins_as_the_model_was_trained(smol, bert):
+    assert smol.begin("A text").tolist() == smol.encode("A text").tolist()
+    classified = bert.begin("A text").tolist()
+    assert classified == [bert.bos_id, *bert.encode("A text")]
+    assert bert.begin("[CLS] A text", special=True).tolist() == classified
+
+
+@needs_smol
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40))
 def test_byte_level_round_trip_of_any_text(smol, text):
@@ -124,6 +133,7 @@ def test_our_own_tokenizers_do_the_same():
     assert tokenizer.encode("text <eos>").tolist() == trained.encode("text <eos>").tolist()
     assert ours.EOS not in tokenizer.encode("text <eos>", special=True)
     assert tokenizer.decode(tokenizer.encode("of ours")) == "of ours"
+    assert tokenizer.begin("text").tolist() == [ours.BOS, *trained.encode("text")]
     with pytest.raises(UserError, match="no chat template"):
         tokenizer.chat([{"role": "user", "content": "hi"}])
 

@@ -63,7 +63,9 @@ def from_metadata(path: Path, metadata: Mapping[str, Any]) -> TextTokenizer | No
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER, backend.add_tokens)):
         of_kind = [t for t, k in zip(tokens, types, strict=True) if t and k == kind]
         add([AddedToken(t, normalized=False, special=kind == _CONTROL) for t in of_kind])
-    return wrap(backend, _ids(path, metadata, len(tokens)), _template(metadata))
+    # A file that does not say: SentencePiece's models begin a text with <s>.
+    begins = metadata.get("tokenizer.ggml.add_bos_token", model == "llama")
+    return wrap(backend, _ids(path, metadata, len(tokens)), _template(metadata), begins is True)
 
 
 def _types(path: Path, metadata: Mapping[str, Any], count: int) -> list[int]:

@@ -30,8 +30,9 @@ class TextTokenizer:
     """A tokenizer and the ids that mean something: where a text begins ([CLS] for BERT), where it
     ends ([SEP]), padding, and the mask; None where the model has none.
 
-    `controls` are the spellings of the control tokens, `template` the model's chat template, and
-    `source` the text of a tokenizer.json, for export.
+    `begins` says whether the model was trained on texts that begin with `bos_id`: `begin` puts it
+    there, `encode` does not. `controls` are the spellings of the control tokens, `template` the
+    model's chat template, and `source` the text of a tokenizer.json, for export.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class TextTokenizer:
     eos_id: int | None = None
     pad_id: int | None = None
     mask_id: int | None = None
+    begins: bool = False
     controls: tuple[str, ...] = ()
     template: str | None = dataclasses.field(default=None, repr=False)
     source: Callable[[], str] | None = dataclasses.field(default=None, repr=False)
@@ -58,6 +60,13 @@ class TextTokenizer:
                 " give valid UTF-8"
             ) from error
         return np.array(self.to_ids(text, special), np.int32)
+
+    def begin(self, text: str, special: bool = False) -> np.ndarray:
+        """The ids of a text as the model was trained to see its beginning."""
+        ids = self.encode(text, special)
+        if not self.begins or ids[:1].tolist() == [self.bos_id]:
+            return ids
+        return np.insert(ids, 0, self.bos_id).astype(np.int32)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of ids; control tokens are left out unless `special`.
@@ -141,7 +150,10 @@ def from_folder(folder: Path, config: Mapping[str, Any]) -> TextTokenizer | None
         texts = filter(None, (_content(about.get(key)) for key in keys))
         found = [*map(backend.token_to_id, texts), config.get(f"{role}_token_id")]
         ids[role] = next((i for i in found if type(i) is int and i >= 0), None)
-    return wrap(backend, ids, _template(folder, about))
+    begins = about.get("add_bos_token")
+    if not isinstance(begins, bool):
+        begins = backend.encode("").ids[:1] == [ids["bos"]]
+    return wrap(backend, ids, _template(folder, about), begins)
 
 
 # The role of an id -> the settings of tokenizer_config.json that name it, the first that is there.
@@ -154,7 +166,10 @@ ROLES: dict[str, tuple[str, ...]] = {
 
 
 def wrap(
-    backend: tokenizers.Tokenizer, ids: Mapping[str, int | None], template: str | None
+    backend: tokenizers.Tokenizer,
+    ids: Mapping[str, int | None],
+    template: str | None,
+    begins: bool = False,
 ) -> TextTokenizer:
     """A `TextTokenizer` of the `tokenizers` library's; `ids` by role, as in `ROLES`."""
     backend.no_padding()
@@ -173,6 +188,7 @@ def wrap(
         lambda text, special: reader(special).encode(text, add_special_tokens=False).ids,
         lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
         **{f"{role}_id": ids.get(role) for role in ROLES},
+        begins=begins and ids.get("bos") is not None,
         # The longest first: of two that begin alike, a pattern takes the one that stands first.
         controls=tuple(sorted(filter(None, controls), key=len, reverse=True)),
         template=template,
@@ -189,6 +205,7 @@ def from_ours(tokenizer: ours.Tokenizer) -> TextTokenizer:
         bos_id=ours.BOS,
         eos_id=ours.EOS,
         pad_id=ours.PAD,
+        begins=True,
     )
 
 

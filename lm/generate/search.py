@@ -1,0 +1,25 @@
+"""Beam search from prompts: the front of `lm.generate.beam` for what `lm.pretrained.load` gives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.generate import Options, encode_prompt, ends, limit
+from lm.generate.beam import Beams, Text, beam_search
+from lm.generate.decode import fill
+
+
+def search(
+    loaded: Any, prompts: Sequence[str | np.ndarray], beams: Beams, tokens: int = 128
+) -> list[list[Text]]:
+    """Up to `beams.width` texts of at most `tokens` tokens for each prompt, the best first.
+
+    Rows are searched as one batch. Raises UserError as `lm.generate.stream` does.
+    """
+    rows = [encode_prompt(loaded, prompt) for prompt in prompts]
+    most = min(limit(loaded, len(ids), Options(tokens)) for ids in rows)
+    logits, cache = fill(loaded.model, loaded.params, rows, most)
+    positions = np.array([len(ids) for ids in rows], np.int32)
+    found = logits, cache, positions
+    return beam_search(loaded.model, loaded.params, found, beams, tokens=most, eos=ends(loaded))
