@@ -27,7 +27,8 @@ from lm.train.step import TrainState, new_state
 Mode = Literal["auto", "vmap", "sequential", "fused"]
 
 # What `auto` means. CPU: tiny products run one at a time anyway, and replicas side by side fall out
-# of the cache (docs/design.md has the figures); accelerators are idle unless replicas fill them.
+# of the cache (docs/design.md has the figures); accelerators are idle unless replicas fill them
+# (0.72 against 3.82 ms a step of 16 replicas of 2x32 on an H200).
 FASTEST: dict[str, Literal["vmap", "sequential"]] = {
     "cpu": "sequential",
     "gpu": "vmap",
