@@ -115,7 +115,7 @@ def plan(
             "compiled": bool(made),
             "refused": made.refused if made else "",
             "kernels": made.kernels if made else {},
-            "attention": compiler.attention_for(cell, topology.chip.platform),
+            "attention": compiler.attention_for(cell, topology),
             "host_gib": made.host_gib if made else None,
             "compile_processor_s": made.processor_seconds if made else None,
             "estimated_gib": {

@@ -33,11 +33,16 @@ BACKENDS: dict[str, ModuleType] = {
 KERNELS = ("cpu", "gpu", "tpu", "splash")
 
 # Per platform, in order: a backend, and the largest T*S for which `auto` takes it (None: any).
-# docs/attention.md has the measurements behind the order and the limit on a CPU; on the
-# other platforms nothing was measured.
+# docs/attention.md has the measurements behind the order and the limits on a CPU and on an H200;
+# on a TPU nothing was measured.
 ORDER: dict[str, tuple[tuple[str, int | None], ...]] = {
     "cpu": (("cpu", None), ("reference", 256 * 256), ("blockwise", None)),
-    "gpu": (("gpu", None), ("reference", 256 * 256), ("blockwise", None)),
+    "gpu": (
+        ("reference", 128 * 128),
+        ("gpu", None),
+        ("reference", 1024 * 1024),
+        ("blockwise", None),
+    ),
     "tpu": (("tpu", None), ("splash", None), ("reference", 256 * 256), ("blockwise", None)),
 }
 

@@ -24,7 +24,8 @@ from jax import Array, lax
 
 from lm.attention.mask import Mask, visible
 
-BLOCK = 128  # queries and keys of a tile
+BLOCK = 128  # queries and keys of a tile, and on a GPU, where small products wait for each other:
+GPU_BLOCK = 512
 HIDDEN = -1e30  # added to a score; finite, so that no difference of two of them is NaN
 
 
@@ -107,6 +108,10 @@ def _backward(scale: float, saved: Any, dout: Array) -> tuple:
 _attention.defvjp(_forward, _backward)
 
 
+def _block(length: int) -> int:
+    return min(GPU_BLOCK if jax.default_backend() == "gpu" else BLOCK, length)
+
+
 def _wide(x: Array) -> Any:
     """The dtype of sums and statistics."""
     return jnp.promote_types(x.dtype, jnp.float32)
@@ -119,7 +124,7 @@ def _dot(letters: str, a: Array, b: Array) -> Array:
 def _split(x: Array) -> Array:
     """[B, T, ...] -> [blocks, B, block, ...], padded with zeros to whole blocks."""
     B, T, *rest = x.shape
-    size = min(BLOCK, T)
+    size = _block(T)
     x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * len(rest))
     return x.reshape(B, -1, size, *rest).swapaxes(0, 1)
 
@@ -160,7 +165,7 @@ class _Tiles(NamedTuple):
     def bias(self, i: Array, j: Array) -> Array:
         """0 or HIDDEN for block i of the queries and j of the keys: [B or 1, 1, Q*G, C]."""
         (_, T, N, _), (S, K) = self.q_shape, self.k_shape[1:3]
-        Q, C = min(BLOCK, T), min(BLOCK, S)
+        Q, C = _block(T), _block(S)
         s = j * C + jnp.arange(C)
         seen = visible(self.mask, i * Q + jnp.arange(Q), s) & (s < S)
         return jnp.where(seen, 0, HIDDEN).repeat(N // K, axis=1)[:, None]
@@ -168,7 +173,7 @@ class _Tiles(NamedTuple):
     def bounds(self, i: Array) -> tuple[Any, Any]:
         """The key blocks [low, high) of which block i of the queries may see something."""
         mask, T, S = self.mask, self.q_shape[1], self.k_shape[1]
-        Q, C = min(BLOCK, T), min(BLOCK, S)
+        Q, C = _block(T), _block(S)
         first, last = i * Q, i * Q + Q - 1
         low, high = jnp.int32(0), jnp.int32(-(-S // C))
         if mask.prefix is not None:

@@ -205,7 +205,9 @@ class Transformer(nn.Module):
         return h.reshape(B, T, D), table, bias(self, "head_bias", c.vocab_size, "vocab")
 
 
-def _mask(c: TransformerConfig, segments: Array | Ring) -> Mask | Ring:
+def _mask(c: TransformerConfig, segments: Array | Ring | Mask) -> Mask | Ring:
+    if isinstance(segments, Mask):  # of a caller for whom padding, too, sees what is real
+        return segments
     if not isinstance(segments, Ring):
         return Mask(c.direction == "causal", c.window or None, q_segments=segments)
     if c.direction != "causal" or c.window:  # rows that several devices share

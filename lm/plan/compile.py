@@ -39,8 +39,8 @@ class Compiled:
     host_gib: float  # the largest this process has been
 
 
-def attention_for(cell: Cell, platform: str) -> str:
-    """The backend that `auto` takes on a platform that is not this one."""
+def attention_for(cell: Cell, topology: Topology) -> str:
+    """The backend that `auto` takes on devices that are not here, for the rows that each has."""
     m = cell.model
     if m.attention != "auto":
         return m.attention
@@ -49,18 +49,19 @@ def attention_for(cell: Cell, platform: str) -> str:
     segments: Any = jax.ShapeDtypeStruct(batch, jnp.int32)
     mask = Mask(causal=True, q_segments=segments)
     size = cell.data.length**2
-    return next(
-        name
-        for name, limit in ORDER[platform]
-        if not BACKENDS[name].supports(q, k, k, mask) and (limit is None or size <= limit)
-    )
+    with jax.sharding.use_abstract_mesh(cell_mesh(cell, _grid(topology)).abstract_mesh):
+        return next(
+            name
+            for name, limit in ORDER[topology.chip.platform]
+            if not BACKENDS[name].supports(q, k, k, mask) and (limit is None or size <= limit)
+        )
 
 
 def placed(cell: Cell, topology: Topology) -> Cell:
     """The cell with what would be chosen on the topology's devices written down."""
     if cell.train.strategy == "sequence" or cell.train.sequence_devices > 1:
         return cell  # the ring has no backends to choose from
-    name = attention_for(cell, topology.chip.platform)
+    name = attention_for(cell, topology)
     return dataclasses.replace(cell, model=dataclasses.replace(cell.model, attention=name))
 
 
@@ -109,9 +110,8 @@ def compile_step(
 
 def check(cell: Cell, topology: Topology) -> None:
     """Raises UserError if a batch or a weight does not divide the devices, without compiling."""
-    grid: list[Any] = [_Device(i) for i in range(topology.devices)]
     try:
-        mesh = cell_mesh(cell, grid)
+        mesh = cell_mesh(cell, _grid(topology))
         make_cell_population(placed(cell, topology), mesh)
     except UserError as error:
         raise UserError(f"point {cell.name} on {topology.name}: {error}") from error
@@ -124,6 +124,10 @@ class _Device:
     id: int
     platform: str = "gpu"
     process_index: int = 0
+
+
+def _grid(topology: Topology) -> list[Any]:
+    return [_Device(i) for i in range(topology.devices)]
 
 
 def _out_of_memory(text: str) -> str:

@@ -64,9 +64,9 @@ class TextTokenizer:
     def begin(self, text: str, special: bool = False) -> np.ndarray:
         """The ids of a text as the model was trained to see its beginning."""
         ids = self.encode(text, special)
-        if not self.begins or ids[:1].tolist() == [self.bos_id]:
+        if not self.begins or self.bos_id is None or ids[:1].tolist() == [self.bos_id]:
             return ids
-        return np.insert(ids, 0, self.bos_id).astype(np.int32)
+        return np.concatenate([np.array([self.bos_id], np.int32), ids])
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of ids; control tokens are left out unless `special`.
