@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.display import print_columns
+from lm.models import LSTMConfig
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import Cell, Point
 
@@ -37,7 +38,10 @@ def memory(cell: Cell) -> int:
     """
     m, rows, length = cell.model, cell.data.rows, cell.data.length
     state = 4 * parameters(m).total * (3 * len(cell.replicas) + 1)
-    per_layer = 8 * m.width + 2 * m.mlp_size + 2 * m.heads * length
+    if isinstance(m, LSTMConfig):
+        per_layer = 2 * m.width + 12 * m.memory
+    else:
+        per_layer = 8 * m.width + 2 * m.mlp_size + 2 * m.heads * length
     activations = 4 * rows * length * (m.layers * per_layer + 4 * m.vocab_size)
     return state + activations
 

@@ -31,8 +31,9 @@ class UserError(ValueError):
 def build[T](cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
     """The dataclass `cls` made from `mapping`; `where` is the key path used in messages.
 
-    Knows nested dataclasses, unions, `Literal`, `tuple`, `dict[str, X]`, int, float, str and bool.
-    An int may be written as an integral float (5e6). Raises `UserError` on an unknown key, a
+    Knows nested dataclasses, unions (of dataclasses by their field `kind`, where they have one),
+    `Literal`, `tuple`, `dict[str, X]`, int, float, str and bool. An int may be written as an
+    integral float (5e6). Raises `UserError` on an unknown key, a
     missing one, a wrong type, NaN or an infinity, and passes on what `__post_init__` refuses.
     """
     if not isinstance(mapping, Mapping):
@@ -204,6 +205,8 @@ def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     real = [kind for kind in args if kind is not types.NoneType]
     if value is not None and len(real) == 1:
         return _convert(real[0], value, where)
+    if isinstance(value, Mapping) and all("kind" in _hints(kind) for kind in real):
+        return _convert(_named(real, value, where), value, where)
     errors = []
     for kind in args:
         try:
@@ -214,6 +217,19 @@ def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         raise UserError(errors[0])
     raise _wrong(typing.Union[args], value, where)  # noqa: UP007 - made at run time
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    is_record = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    return _settings(kind)[0] if is_record else {}
+
+
+def _named(classes: Sequence[type], value: Mapping[str, Any], where: str) -> type:
+    """Of several dataclasses the one whose `kind`, a Literal, is the mapping's, which by default is
+    the first's.
+    """
+    kinds = {typing.get_args(_hints(cls)["kind"])[0]: cls for cls in classes}
+    return kinds[_literal(tuple(kinds), value.get("kind", next(iter(kinds))), f"{where}.kind")]
 
 
 def _wrong(kind: Any, value: Any, where: str) -> UserError:

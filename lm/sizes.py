@@ -11,16 +11,16 @@ FLOPs are those of the products, 2 per multiply-add. A sequence of T tokens cost
     2 T (weights of the layers and of the head) + 4 L N H T (T + 1) / 2
 
 for only T (T + 1) / 2 pairs are seen under a causal mask, fewer through a window, and all T^2 in
-both directions. Looking up an embedding is free, norms
-and other element-wise work are left out, backward is twice forward, and recomputing it (remat,
-blockwise) is not counted.
+both directions; an LSTM has no pairs, and a layer of it eight matrices of width x cells. Looking
+up an embedding is free, norms and other element-wise work are left out, backward is twice forward,
+and recomputing it (remat, blockwise) is not counted.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from lm.config import UserError, nearest
-from lm.models import TransformerConfig
+from lm.models import Config, LSTMConfig, TransformerConfig
 from lm.models.config import GATED
 
 
@@ -51,13 +51,16 @@ NAMED: dict[str, tuple[int, int, int, int, int]] = {
 }
 
 
-def ladder(size: str, **settings: Any) -> TransformerConfig:
+def ladder(size: str, **settings: Any) -> Any:
     """The model of a size, "LxD" (layers x width) or one of `NAMED`; `settings` are further fields,
-    and win.
+    and win. Its kind is a Transformer's unless they say otherwise.
 
     Ladder models have GELU, tied embeddings and a vocabulary of 128 unless `settings` say
     otherwise; named ones have SwiGLU, an untied head, bfloat16 products and a vocabulary of 32,000.
     """
+    if settings.get("kind") == "lstm":
+        layers, width = _parse(size)
+        return LSTMConfig(**({"vocab_size": 128, "layers": layers, "width": width} | settings))
     if size in NAMED:
         layers, width, heads, kv_heads, mlp = NAMED[size]
         shape: dict[str, Any] = _LARGE | {
@@ -96,9 +99,13 @@ def _heads(width: int) -> int:
     return width // next(h for h in range(least, width + 1, 2) if width % h == 0)
 
 
-def parameters(config: TransformerConfig) -> Parameters:
+def parameters(config: Config) -> Parameters:
     """Exact counts."""
     c = config
+    if isinstance(c, LSTMConfig):
+        tables = c.vocab_size * c.width * (2 if c.head == "untied" else 1)
+        layers = c.layers * (_lstm_weights(c) + 4 * c.memory)
+        return Parameters(layers + tables, layers, tables)
     rows = c.vocab_size * (2 if c.head == "untied" else 1) + c.token_types
     tables = c.width * (rows + (c.context if c.positions == "learned" else 0))
     layers = c.layers * (_layer_weights(c) + _layer_vectors(c))
@@ -110,11 +117,13 @@ def parameters(config: TransformerConfig) -> Parameters:
     return Parameters(layers + top + tables, layers + top, tables)
 
 
-def flops_forward(config: TransformerConfig, length: int, *, causal: bool = True) -> int:
+def flops_forward(config: Config, length: int, *, causal: bool = True) -> int:
     """Exact FLOPs of the forward pass of one sequence; `causal=False` counts all T^2 pairs of
     attention, whatever the model sees.
     """
     c = config
+    if isinstance(c, LSTMConfig):
+        return 2 * length * (c.layers * _lstm_weights(c) + c.vocab_size * c.width)
     weights = c.layers * _layer_weights(c) + c.vocab_size * c.width
     weights += c.width * c.width if c.head == "mlm" else 0
     pairs = _pairs(c, length) if causal else length * length
@@ -128,17 +137,17 @@ def _pairs(c: TransformerConfig, length: int) -> int:
     return behind if c.direction == "causal" else 2 * behind - length
 
 
-def flops_per_sequence(config: TransformerConfig, length: int) -> int:
+def flops_per_sequence(config: Config, length: int) -> int:
     """Exact FLOPs, forward + backward, of one causal sequence of `length` tokens."""
     return 3 * flops_forward(config, length)
 
 
-def flops_per_token(config: TransformerConfig, length: int) -> float:
+def flops_per_token(config: Config, length: int) -> float:
     """Mean FLOPs per token, forward + backward, in causal sequences of `length` tokens."""
     return flops_per_sequence(config, length) / length
 
 
-def six_n(config: TransformerConfig) -> int:
+def six_n(config: Config) -> int:
     """The convention C = 6 N D per token, N non-embedding: no attention, no head (Kaplan et al.
     2020, section 2.1).
     """
@@ -149,6 +158,11 @@ def _layer_weights(c: TransformerConfig) -> int:
     """Entries of the matrices of one layer: q and out, k and v, and the MLP's two or three."""
     attention = 2 * c.width * c.head_size * (c.heads + c.kv_heads)
     return attention + c.width * c.mlp_size * (3 if c.gated else 2)
+
+
+def _lstm_weights(c: LSTMConfig) -> int:
+    """Entries of the matrices of one layer: input and recurrent, and the projection."""
+    return 8 * c.width * c.memory + (c.memory * c.width if c.projected else 0)
 
 
 def _layer_vectors(c: TransformerConfig) -> int:

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from test_sizes import products
 
 from lm.config import UserError, build, to_dict
-from lm.models.lstm import LSTM, LSTMConfig, deviation, fresh_state
+from lm.models import LSTM, LSTMConfig, abstract, logical_axes, mup_multipliers
+from lm.models.lstm import deviation, fresh_state
+from lm.sizes import flops_forward, ladder, parameters
 
 TORCH = np.load(Path(__file__).parent / "data" / "lstm.npz")
 CONFIG = LSTMConfig(vocab_size=24, layers=2, width=6, cells=8, head="untied", base_width=3)
@@ -224,6 +227,30 @@ def test_bfloat16_keeps_its_memory_in_float32():
     found = apply(config, PARAMS)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, apply(CONFIG, PARAMS), atol=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cells": 24, "head": "untied"}], ids=str)
+def test_sizes_are_exact(settings):
+    """Breaks if a weight or a product is added to the model and not to the count."""
+    config = ladder("3x16", kind="lstm", vocab_size=40, **settings)
+    tree = nn.unbox(abstract(config))
+    counts = parameters(config)
+    assert counts.total == sum(leaf.size for leaf in jax.tree.leaves(tree))
+    assert counts.embedding == sum(tree[n].size for n in ("embed", "head") if n in tree)
+    row = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    traced = jax.make_jaxpr(lambda p, t: LSTM(config).apply({"params": p}, t, t, t))
+    assert products(traced(tree, row).jaxpr) == 2 * flops_forward(config, 16)
+
+
+def test_mup_is_of_the_three_products():
+    """Breaks if a hidden weight learns at the base rate at another width, or a bias does not."""
+    rates = mup_multipliers(CONFIG)
+    assert {n: r for n, r in rates["layers"].items() if r != 1} == {
+        **{"input": 0.5, "recurrent": 0.5, "project": 0.5}
+    }
+    assert rates["embed"] == rates["head"] == rates["layers"]["bias"] == 1
+    names = logical_axes(CONFIG)
+    jax.tree.map(lambda p, n: pytest.fail(f"{n}") if len(n) != p.ndim else None, PARAMS, names)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def parts(name="adamw", dropout=True):
         tx,
         optim.schedule(config, 2000),
         tokens_per_step=ROWS * LENGTH,
-        dropout=dropout,
+        random=dropout,
     )
     return tx, step
 

@@ -17,6 +17,7 @@ from grain.experimental import index_shuffle
 from lm.config import UserError, positive, within
 from lm.data.prepare import Packed
 from lm.data.tokenizer import PAD
+from lm.data.words import word_places
 
 
 class Batch(NamedTuple):
@@ -50,11 +51,15 @@ class MixtureItem:
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """A mixture of sources in an order that `seed` decides; rows of a batch lie item after item."""
+    """A mixture of sources in an order that `seed` decides; rows of a batch lie item after item.
+
+    With `words`, a table of `lm.data.words`, targets are the places where each token's word begins.
+    """
 
     items: tuple[MixtureItem, ...]
     length: int
     seed: int
+    words: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         names = [item.name for item in self.items]
@@ -95,7 +100,10 @@ class Loader:
                 order = np.concatenate([row_order(item, self.seed, v, len(own)) for v in visits])
             part = read_rows(item.packed, order.reshape(steps, len(own)))
             parts.append(part._replace(weights=part.weights * np.float32(item.weight)))
-        return Batch(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+        batch = Batch(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
+        if self.words is None:
+            return batch
+        return batch._replace(targets=word_places(batch.tokens, batch.segments, self.words))
 
 
 def dataset(
@@ -142,6 +150,10 @@ def read_rows(packed: Packed, rows: np.ndarray) -> Batch:
     segments = np.where(inside, doc - doc[..., :1] + 1, 0).astype(np.int32)
     start = np.maximum(packed.doc_start[doc], at[..., :1])
     positions = np.where(inside, at - start, 0).astype(np.int32)
+    if packed.layout == "pairs":
+        segments = (tokens[..., :-1] != PAD).astype(np.int32)
+        source = packed.about["source_length"]
+        positions = np.where(positions < source, positions, positions - source)
     return Batch(tokens[..., :-1], tokens[..., 1:], weights, segments, positions)
 
 

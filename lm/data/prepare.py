@@ -7,6 +7,9 @@ All documents lie one after another in one flat array, each from its <bos> to it
   is a target once. For text.
 * `fit`: a row holds whole documents, as many as the order gives and T + 1 tokens allow. For
   examples that must not be cut.
+* `pairs`: a row is one document of T + 1 tokens: a source in the first `about["source_length"]`,
+  and the target. What is padding there is no part of the document, and the target has positions
+  of its own.
 
 Every stored token has a weight, that of the loss where it is the target, and the bytes of text it
 stands for. The first token of a document has weight 0: nothing before it says what it will be.
@@ -26,7 +29,7 @@ from lm.config import UserError, positive
 from lm.data import sources
 from lm.data.tokenizer import BOS, EOS, UNK, Tokenizer
 
-Layout = Literal["stream", "fit"]
+Layout = Literal["stream", "fit", "pairs"]
 ARRAYS = ("tokens", "doc_start", "token_bytes", "weight", "row_start")
 
 

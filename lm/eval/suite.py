@@ -52,10 +52,14 @@ class TestSet:
 
 
 def make_test_set(
-    tasks: Mapping[Key, Packed], text: Packed | None, text_rows: int, batch: int
+    tasks: Mapping[Key, Packed],
+    text: Packed | None,
+    text_rows: int,
+    batch: int,
+    view: Callable[[Batch], Batch] | None = None,
 ) -> TestSet:
     """All rows of the tasks and up to `text_rows` of the text, if there is one, spread evenly over
-    it.
+    it; `view` makes what the model is shown of the text, if that is not the text.
     """
     parts, asks, items, first = [], [], {}, 0
     for key, packed in sorted(tasks.items()):
@@ -68,9 +72,10 @@ def make_test_set(
     total, bytes_ = first, np.zeros(0, np.int64)
     if text is not None:
         rows = np.arange(min(text_rows, text.rows)) * text.rows // min(text_rows, text.rows)
-        parts.append(read_rows(text, rows))
+        part = read_rows(text, rows)
+        parts.append(part if view is None else view(part))
         asks.append(nothing_asked(*parts[-1].tokens.shape))
-        total, bytes_ = first + len(rows), read_target_bytes(text, rows)
+        total, bytes_ = first + len(parts[-1].tokens), read_target_bytes(text, rows)
 
     def stack(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         whole = np.concatenate(arrays)

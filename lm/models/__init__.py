@@ -12,11 +12,14 @@ from flax import linen as nn
 from jax import Array
 
 from lm.models.config import TransformerConfig
+from lm.models.lstm import LSTM, LSTMConfig
 from lm.models.transformer import Transformer
 
 __all__ = [
+    "LSTM",
     "MODELS",
     "Config",
+    "LSTMConfig",
     "Transformer",
     "TransformerConfig",
     "abstract",
@@ -26,11 +29,11 @@ __all__ = [
     "mup_multipliers",
 ]
 
-Config = TransformerConfig
-MODELS: dict[type, Any] = {TransformerConfig: Transformer}
+Config = TransformerConfig | LSTMConfig
+MODELS: dict[type, Any] = {TransformerConfig: Transformer, LSTMConfig: LSTM}
 
 # Weights between two sides that both grow with the width: muP divides their learning rate by m.
-HIDDEN = {"qkv", "out", "gate", "up", "down", "transform"}
+HIDDEN = {"qkv", "out", "gate", "up", "down", "transform", "input", "recurrent", "project"}
 
 
 def build(config: Config) -> Any:

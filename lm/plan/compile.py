@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lm.attention import BACKENDS, ORDER, Mask
 from lm.config import UserError
 from lm.plan import hlo
+from lm.plan.estimate import transformer
 from lm.plan.topology import GIB, Topology, describe
 from lm.train.cell import Cell
 from lm.train.program import cell_mesh, make_cell_population, scoring_rows
@@ -41,7 +42,7 @@ class Compiled:
 
 def attention_for(cell: Cell, topology: Topology) -> str:
     """The backend that `auto` takes on devices that are not here, for the rows that each has."""
-    m = cell.model
+    m = transformer(cell)
     if m.attention != "auto":
         return m.attention
     batch = cell.data.rows, cell.data.length
@@ -62,7 +63,7 @@ def placed(cell: Cell, topology: Topology) -> Cell:
     if cell.train.strategy == "sequence" or cell.train.sequence_devices > 1:
         return cell  # the ring has no backends to choose from
     name = attention_for(cell, topology)
-    return dataclasses.replace(cell, model=dataclasses.replace(cell.model, attention=name))
+    return dataclasses.replace(cell, model=dataclasses.replace(transformer(cell), attention=name))
 
 
 def compile_step(

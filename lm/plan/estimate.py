@@ -23,7 +23,9 @@ worse after them.
 import dataclasses
 import math
 
+from lm.config import UserError
 from lm.loss import CHUNK
+from lm.models import TransformerConfig
 from lm.objectives import WITHOUT_LOGITS
 from lm.plan.hlo import Collective
 from lm.plan.topology import Topology
@@ -83,6 +85,16 @@ class Spread:
     sequence: int = 1
 
 
+def transformer(cell: Cell) -> TransformerConfig:
+    """The model of a cell; raises UserError for another kind, of which nothing is fitted."""
+    if not isinstance(cell.model, TransformerConfig):
+        raise UserError(
+            f"cell {cell.name} has a model of kind {cell.model.kind!r}, plans are made for"
+            " transformers; leave it out of the study, or see what `lm run STUDY --dry_run` says"
+        )
+    return cell.model
+
+
 def spread(cell: Cell, topology: Topology) -> Spread:
     """The devices of one replica's mesh, as `lm.sharding.make_mesh` makes it."""
     train = cell.train
@@ -101,7 +113,7 @@ def replicas_per_device(cell: Cell) -> float:
 
 def memory(cell: Cell, topology: Topology) -> Memory:
     """Bytes of one device while it trains."""
-    c, over = cell.model, spread(cell, topology)
+    c, over = transformer(cell), spread(cell, topology)
     side = replicas_per_device(cell)
     live = 1 if cell.train.replicas == "sequential" else side  # one after another
     wide = 2 if c.dtype == "bfloat16" else 4
@@ -136,7 +148,7 @@ def memory(cell: Cell, topology: Topology) -> Memory:
 
 def _kept(cell: Cell, share: float) -> float:
     """Numbers of a token that every layer keeps for the backward pass."""
-    c = cell.model
+    c = transformer(cell)
     heads = (c.heads + 2 * c.kv_heads) * c.head_size * share
     mlp = c.mlp_size * (2 if c.activation == "swiglu" else 1) * share
     if c.remat == "full":
@@ -175,7 +187,7 @@ def flops_per_step(cell: Cell) -> float:
 def cost(cell: Cell, topology: Topology, said: list[Collective]) -> Cost:
     """Time and dollars of a cell; `said` are its collectives, compiled or estimated."""
     chip, n = topology.chip, topology.devices
-    again = {"full": 4 / 3, "dots": 1.05, "none": 1.0}[cell.model.remat]
+    again = {"full": 4 / 3, "dots": 1.05, "none": 1.0}[transformer(cell).remat]
     products = flops_per_step(cell) * again / (n * chip.flops)
     links = sum(one.seconds(topology) for one in said)
     # State is read and written once, a layer's weights are read three times.

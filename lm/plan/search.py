@@ -29,7 +29,7 @@ def changed(cell: Cell, remat: Remat, strategy: Strategy, halvings: int) -> Cell
         mixture[name] = dataclasses.replace(source, rows=rows)
     return dataclasses.replace(
         cell,
-        model=dataclasses.replace(cell.model, remat=remat),
+        model=dataclasses.replace(estimate.transformer(cell), remat=remat),
         train=dataclasses.replace(cell.train, strategy=strategy),
         data=dataclasses.replace(cell.data, mixture=mixture),
     )
@@ -37,9 +37,9 @@ def changed(cell: Cell, remat: Remat, strategy: Strategy, halvings: int) -> Cell
 
 def say(cell: Cell, other: Cell) -> str:
     """What differs, as settings on a command line."""
-    parts = []
-    if other.model.remat != cell.model.remat:
-        parts.append(f"model.remat={other.model.remat}")
+    parts, remat = [], estimate.transformer(other).remat
+    if remat != estimate.transformer(cell).remat:
+        parts.append(f"model.remat={remat}")
     if other.train.strategy != cell.train.strategy:
         parts.append(f"train.strategy={other.train.strategy}")
     if other.data.rows != cell.data.rows:
@@ -50,7 +50,7 @@ def say(cell: Cell, other: Cell) -> str:
 def candidates(cell: Cell, topology: Topology) -> Iterator[Cell]:
     """Other settings whose estimate fits, the nearest first."""
     strategies = [s for s in get_args(Strategy) if s in ("replicated", "fsdp", "fsdp_tp")]
-    here = REMATS.index(cell.model.remat), strategies.index(cell.train.strategy)
+    here = REMATS.index(estimate.transformer(cell).remat), strategies.index(cell.train.strategy)
     for halvings in range(8):
         for s in range(here[1], len(strategies)):
             for r in range(here[0], len(REMATS)):
@@ -75,7 +75,7 @@ def nearest(cell: Cell, topology: Topology, fits: Callable[[Cell], bool] | None)
 
 def _uneven(cell: Cell, topology: Topology) -> bool:
     """Whether batch or weights do not divide the devices."""
-    over, c = estimate.spread(cell, topology), cell.model
+    over, c = estimate.spread(cell, topology), estimate.transformer(cell)
     cut = cell.train.strategy != "replicated"
     return bool(
         cell.data.rows % over.data

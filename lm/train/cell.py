@@ -12,16 +12,17 @@ from typing import Any, Literal, get_args
 
 from lm import tasks
 from lm.config import UserError, build, fingerprint, positive, to_dict, within
+from lm.data.pair_readers import PairsConfig
 from lm.data.sources import SourceConfig
 from lm.data.tokenizer import TokenizerConfig
-from lm.models import TransformerConfig
+from lm.models import Config
 from lm.sharding import Strategy
 from lm.sizes import ladder
+from lm.train.objective import PAIRS, TEXT, Objective, check_objective
 from lm.train.optim import OptimConfig, schedule
 from lm.train.population import Mode
 
 Axis = Literal["init", "data", "dropout"]
-TEXT = "text"
 LAST_DOUBLED = 512  # steps; checkpoints that are kept are at powers of two up to here
 
 
@@ -43,7 +44,7 @@ class MixtureConfig:
         within("weight", self.weight, 0)
         positive("examples", self.examples)
         within("formats", self.formats, 1, tasks.FORMATS)
-        if self.task != TEXT:
+        if self.task not in (TEXT, PAIRS):
             tasks.task(self.task, self.level)
 
 
@@ -55,6 +56,8 @@ class DataConfig:
     length: int
     source: SourceConfig = SourceConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    # Where the mixture's task "pairs" comes from; tokenizers are then trained on it.
+    pairs: PairsConfig | None = dataclasses.field(default=None, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         positive("length", self.length)
@@ -89,8 +92,19 @@ class TrainConfig:
     # How many devices share a product, and the tokens of a row; 0 is the strategy's own.
     tensor_devices: int = dataclasses.field(default=0, metadata={"omit": True})
     sequence_devices: int = dataclasses.field(default=0, metadata={"omit": True})
+    # What is minimised (lm/objectives.py), and the settings of those that have any.
+    objective: Objective = dataclasses.field(default="causal", metadata={"omit": True})
+    mask_rate: float = dataclasses.field(default=0.15, metadata={"omit": True})
+    mask_unit: Literal["tokens", "words"] = dataclasses.field(
+        default="tokens", metadata={"omit": True}
+    )
+    span_length: float = dataclasses.field(default=3.0, metadata={"omit": True})
+    label_smoothing: float = dataclasses.field(default=0.0, metadata={"omit": True})
 
     def __post_init__(self) -> None:
+        within("label_smoothing", self.label_smoothing, 0, 0.9)
+        within("mask_rate", self.mask_rate, 0.001, 0.9)
+        within("span_length", self.span_length, 1)
         for name in ("tokens", "chunk", "checkpoint_every", "replica_devices"):
             positive(name, getattr(self, name))
         for name in ("keep_every", "tensor_devices", "sequence_devices"):
@@ -138,7 +152,7 @@ class Point:
     """One setting of the axes; `role` "control" is reported and never fitted."""
 
     name: str
-    model: TransformerConfig
+    model: Config
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
@@ -164,6 +178,7 @@ class Point:
                 f"tokenizer.vocab_size {self.data.tokenizer.vocab_size} is larger than the model's"
                 f" embedding of {self.model.vocab_size} rows; raise it or lower the tokenizer's"
             )
+        check_objective(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +201,7 @@ class Cell:
 
     study: str
     name: str
-    model: TransformerConfig
+    model: Config
     optim: OptimConfig  # its learning_rate is that of the first point; each replica has its own
     data: DataConfig
     train: TrainConfig

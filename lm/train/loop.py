@@ -18,11 +18,13 @@ import numpy as np
 
 from lm.config import UserError, diff, to_dict
 from lm.data.loader import Batch, dataset
-from lm.eval.suite import TestSet, evaluate, make_test_set
+from lm.eval.suite import Key, TestSet, evaluate, make_test_set
+from lm.eval.trigram import fit_trigram, trigram_accuracy
 from lm.rundir import environment, now, read_json, write_json
 from lm.train import mixture
-from lm.train.cell import TEXT, Cell
+from lm.train.cell import Cell
 from lm.train.checkpoint import Checkpoints
+from lm.train.objective import PAIRS, TEXT, held_out, held_out_view
 from lm.train.population import replica
 from lm.train.program import Program, compile_cell, fetch, own_part, place, scoring_rows
 from lm.train.record import Clock, Recorder, params_sha256
@@ -62,11 +64,7 @@ def train(
     check()
     attempt, changed = _begin(cell, folder, devices)
     prepared = mixture.load(cell, data)
-    abilities = {k: v for k, v in prepared.test.items() if k[0] != TEXT}
-    test = make_test_set(
-        abilities, prepared.test[TEXT, "", 0], cell.eval.text_rows, cell.eval.batch
-    )
-    chances = {(t["task"], t["level"], t["format"]): t["chance"] for t in prepared.tasks}
+    test, chances = _held_out(cell, prepared)
     record = Recorder(cell, folder, attempt, chances)
     saved = Checkpoints(checkpoints or folder / "checkpoints", cell.kept_steps, check)
     try:
@@ -87,6 +85,21 @@ def train(
     finally:
         saved.close()
         record.close()
+
+
+def _held_out(cell: Cell, prepared: mixture.Prepared) -> tuple[TestSet, dict[Key, float]]:
+    """Everything that is measured, and the chance of what has one."""
+    abilities = {k: v for k, v in prepared.test.items() if k[0] not in (TEXT, PAIRS)}
+    text = prepared.test[held_out(cell), "", 0]
+    view = held_out_view(cell, prepared.tokenizer)
+    test = make_test_set(abilities, text, cell.eval.text_rows, cell.eval.batch, view)
+    chances = {(t["task"], t["level"], t["format"]): t["chance"] for t in prepared.tasks}
+    if cell.train.objective == "masked":
+        rows = Batch(*(a.reshape(-1, cell.data.length)[test.text_rows] for a in test.batches))
+        masked = Batch(*(a[: len(a) // 2] for a in rows))
+        trigram = fit_trigram(prepared.train[TEXT, ""].tokens, cell.model.vocab_size)
+        chances[TEXT, "test", 0] = trigram_accuracy(trigram, masked)
+    return test, chances
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,15 @@ import numpy as np
 
 from lm import tasks
 from lm.config import UserError, fingerprint, to_dict
+from lm.data import pairs, sources, tokenizer
 from lm.data import prepare as packing
-from lm.data import sources, tokenizer
 from lm.data.loader import Loader, MixtureItem
+from lm.data.pair_readers import PairsConfig
 from lm.eval.score import CHOICES
 from lm.eval.suite import Key
 from lm.rundir import read_json, write_json
-from lm.train.cell import TEXT, Cell, DataConfig, MixtureConfig
+from lm.train.cell import Cell, DataConfig, MixtureConfig
+from lm.train.objective import PAIRS, TEXT, held_out, words
 
 POOL_SEED = 0  # draws the training examples; the order in which replicas see them is their own
 
@@ -54,6 +56,9 @@ def folder(cell: Cell, data: Path) -> Path:
         "items": cell.eval.items,
         "eval_seed": cell.replicas[0].eval,
     }
+    if cell.data.pairs:
+        source = cell.model.source_length  # type: ignore[union-attr] # seq2seq has one
+        about |= {"pairs": to_dict(cell.data.pairs), "source_length": source}
     return data / fingerprint(about)
 
 
@@ -64,18 +69,15 @@ def prepare(cell: Cell, data: Path, say: Callable[[str], None] = lambda _: None)
     where = folder(cell, data)
     if (where / "tasks.json").exists():
         return where
+    if cell.data.pairs:
+        return _prepare_pairs(cell, cell.data.pairs, where, data, say)
     say(f"reading {cell.data.source.path or 'the Python standard library'}")
     corpus = sources.scan(cell.data.source)
     if corpus.warning:
         say(corpus.warning)
     text = sources.texts(corpus, "train", data / "tfds")
-    if not (where / "tokenizer" / "tokenizer.json").exists():
-        say(
-            f"training a {cell.data.tokenizer.kind} tokenizer on {sum(map(len, text)):,} characters"
-        )
-        tokenizer.train(text, cell.data.tokenizer, tasks.ALPHABET + "\n").save(where / "tokenizer")
+    trained = _tokenizer(cell, text, where, say)
     del text
-    trained = tokenizer.load(where / "tokenizer")
     for split in ("train", "test"):
         say(f"tokenising the text for {split}")
         packing.prepare_text(
@@ -87,6 +89,68 @@ def prepare(cell: Cell, data: Path, say: Callable[[str], None] = lambda _: None)
         found += _prepare_task(cell, item, trained, where)
     write_json(where / "tasks.json", {"tasks": found})  # last: its presence says that all is there
     return where
+
+
+def _tokenizer(
+    cell: Cell, text: list[str], where: Path, say: Callable[[str], None]
+) -> tokenizer.Tokenizer:
+    """The tokenizer of a folder, trained on a text if it is not there."""
+    if not (where / "tokenizer" / "tokenizer.json").exists():
+        say(
+            f"training a {cell.data.tokenizer.kind} tokenizer on {sum(map(len, text)):,} characters"
+        )
+        tokenizer.train(text, cell.data.tokenizer, tasks.ALPHABET + "\n").save(where / "tokenizer")
+    return tokenizer.load(where / "tokenizer")
+
+
+def _prepare_pairs(
+    cell: Cell, config: PairsConfig, where: Path, data: Path, say: Callable[[str], None]
+) -> Path:
+    """`prepare` where the mixture is pairs: one row for each, long sources cut, and pairs with a
+    target that has no room left out.
+    """
+    say(f"reading pairs of {config.path or config.kind}")
+    found = pairs.scan(config)
+    if found.warning:
+        say(found.warning)
+    texts = {split: pairs.load(found, split, data / "tfds") for split in ("train", "test")}
+    trained = _tokenizer(cell, [text for pair in texts["train"] for text in pair], where, say)
+    source = cell.model.source_length  # type: ignore[union-attr] # seq2seq has one
+    for split, some in texts.items():
+        if (where / f"pairs-{split}").exists():
+            continue
+        rows = [pair_row(pair, trained, source, cell.data.length) for pair in some]
+        if left_out := rows.count(None):
+            say(f"{left_out:,} of {len(rows):,} pairs for {split} have a target without room")
+        about = {"tokenizer_sha256": trained.sha256, "source_length": source, "split": split}
+        packed = packing.pack([row for row in rows if row], "fit", cell.data.length)
+        packing.save(
+            where / f"pairs-{split}", dataclasses.replace(packed, layout="pairs", about=about)
+        )
+    write_json(where / "tasks.json", {"tasks": []})
+    return where
+
+
+def pair_row(
+    pair: tuple[str, str], trained: tokenizer.Tokenizer, source: int, length: int
+) -> packing.Document | None:
+    """A pair as a row of the layout `pairs`, [length + 1]; None where its target has no room.
+
+    The source ends with <eos>, after as much of it as there is room for; the target lies between
+    <bos> and <eos>.
+    """
+    read, said = trained.encode_batch(pair)
+    if len(said) + 2 > length + 1 - source:
+        return None
+    row = np.full(length + 1, tokenizer.PAD, np.int32)
+    read = read[: source - 1]
+    row[: len(read) + 1] = [*read, tokenizer.EOS]
+    target = slice(source + 1, source + 1 + len(said))
+    row[source], row[target], row[target.stop] = tokenizer.BOS, said, tokenizer.EOS
+    weight, bytes_ = np.zeros(length + 1, np.float16), np.zeros(length + 1, np.uint8)
+    weight[source + 1 : target.stop + 1] = 1
+    bytes_[target] = trained.token_bytes(said, pair[1])
+    return packing.Document(row, weight, bytes_)
 
 
 def load(cell: Cell, data: Path) -> Prepared:
@@ -101,8 +165,9 @@ def load(cell: Cell, data: Path) -> Prepared:
     def read(name: str) -> packing.Packed:
         return packing.load(where / name, trained.sha256)
 
-    train: dict[tuple[str, str], packing.Packed] = {(TEXT, ""): read("text-train")}
-    test: dict[Key, packing.Packed] = {(TEXT, "", 0): read("text-test")}
+    text = held_out(cell)
+    train: dict[tuple[str, str], packing.Packed] = {(text, ""): read(f"{text}-train")}
+    test: dict[Key, packing.Packed] = {(text, "", 0): read(f"{text}-test")}
     for item in _abilities(cell.data):
         train[item.task, item.level] = read(f"{item.task}-{item.level}-train")
         for format in range(item.formats):
@@ -116,6 +181,11 @@ def prepare_test(cell: Cell, data: Path, task: tasks.Task, items: int) -> packin
 
     Raises UserError where the study's tokenizer or its rows cannot hold them.
     """
+    if cell.train.objective != "causal":
+        raise UserError(
+            f"the study trained with objective {cell.train.objective!r}; abilities are asked of"
+            " causal models"
+        )
     trained = tokenizer.load(folder(cell, data) / "tokenizer")
     about = {"task": task.name, "level": task.level, "tokenizer_sha256": trained.sha256}
     drawn = {"items": items, "eval_seed": cell.replicas[0].eval, "length": cell.data.length}
@@ -143,11 +213,12 @@ def loaders(cell: Cell, prepared: Prepared) -> list[Loader]:
         MixtureItem(f"{m.task}-{m.level}", prepared.train[m.task, m.level], m.rows, m.weight)
         for _, m in sorted(cell.data.mixture.items())
     )
-    return [Loader(items, cell.data.length, replica.data) for replica in cell.replicas]
+    table = words(cell, prepared.tokenizer)
+    return [Loader(items, cell.data.length, replica.data, table) for replica in cell.replicas]
 
 
 def _abilities(data: DataConfig) -> list[MixtureConfig]:
-    return [m for _, m in sorted(data.mixture.items()) if m.task != TEXT]
+    return [m for _, m in sorted(data.mixture.items()) if m.task not in (TEXT, PAIRS)]
 
 
 def _prepare_task(

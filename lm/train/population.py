@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm.attention.ring import deal
-from lm.models import TransformerConfig, initialise
+from lm.models import Config, initialise
 from lm.sharding import Strategy, batch_sharding, replica_axis, shardings
 from lm.train.step import TrainState, new_state
 
@@ -46,7 +46,7 @@ class Population(NamedTuple):
 
 
 def make_population(
-    config: TransformerConfig,
+    config: Config,
     chunk: Callable[[TrainState, Any], tuple[TrainState, Array]],
     tx: optax.GradientTransformation,
     *,

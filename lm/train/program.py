@@ -26,11 +26,12 @@ from lm.attention import ring
 from lm.config import UserError
 from lm.data.loader import Batch
 from lm.eval.score import Asked, Scores, make_scorer, nothing_asked
-from lm.models import Transformer, mup_multipliers
+from lm.models import build, mup_multipliers
 from lm.models import fused as fused_kernel
 from lm.sharding import SEQUENCE, make_mesh
 from lm.train import optim
 from lm.train.cell import Cell
+from lm.train.objective import draws, make_objective
 from lm.train.population import Population, make_population
 from lm.train.step import TrainState, make_chunk, make_step
 
@@ -97,12 +98,12 @@ def make_cell_population(cell: Cell, mesh: Mesh) -> Population:
     tx = optim.direction(cell.optim, mup_multipliers(cell.model))
     fused = is_fused(cell, mesh)
     step = make_step(
-        Transformer(cell.model),
-        objectives.fused if fused else objectives.causal,
+        build(cell.model),
+        objectives.fused if fused else make_objective(cell),
         tx,
         optim.schedule(cell.optim, cell.steps * cell.tokens_per_step),
         tokens_per_step=cell.tokens_per_step,
-        dropout=cell.model.dropout > 0,
+        random=draws(cell),
     )
     return make_population(
         cell.model,
@@ -126,8 +127,11 @@ def is_fused(cell: Cell, mesh: Any) -> bool:
     device = mesh.devices.flat[0].platform
     if mesh.size > 1 or device != "cpu":
         reason = f"it needs one CPU device, the mesh has {mesh.size} of {device}"
+    elif cell.train.objective != "causal":
+        reason = f"the objective is {cell.train.objective!r}, not 'causal'"
     else:
-        reason = fused_kernel.supports(cell.model, cell.data.length)
+        model: Any = cell.model
+        reason = fused_kernel.supports(model, cell.data.length)
     if reason and cell.train.replicas == "fused":
         raise UserError(f"train.replicas 'fused' cannot run this cell: {reason}; use 'auto'")
     return not reason
@@ -225,7 +229,7 @@ def _lower_scorer(cost: Cost, cell: Cell, population: Population, rows: Batch) -
     # Every process reads all scores; one process may leave them where XLA puts them.
     mesh = population.batches.mesh
     shared = NamedSharding(mesh, PartitionSpec()) if _several(mesh) else None
-    scorer = jax.jit(make_scorer(Transformer(cell.model)), out_shardings=shared)
+    scorer = jax.jit(make_scorer(build(cell.model)), out_shardings=shared)
     return _lower(cost, scorer, one, jax.tree.map(np.asarray, rows), asked)
 
 

@@ -11,16 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.data.loader import Batch
 from lm.emergence import metrics
 from lm.emergence.metrics import Answers, Measure
 from lm.emergence.table import RowWriter
-from lm.eval.perplexity import text_metrics
+from lm.eval.perplexity import masked_metrics, restored, text_metrics
 from lm.eval.score import Scores
 from lm.eval.suite import Key, TestSet
 from lm.rundir import JsonLines, now, sha256, write_json
 from lm.sizes import flops_per_sequence, parameters
-from lm.train.cell import TEXT, Cell, Replica
+from lm.train.cell import Cell, Replica
+from lm.train.objective import held_out
 from lm.train.step import ALIVE
+
+BASELINED = ("exact_match", "masked_accuracy")  # metrics of which a row says the chance
 
 type Answered = dict[Key, Answers]
 
@@ -93,7 +97,7 @@ class Recorder:
                 "flops": step * self.flops_per_step,
                 **{"task": task, "level": level, "format": format, "metric": name},
                 **{"value": m.value if ok else None, "stderr": m.stderr if ok else None, "n": m.n},
-                "chance": self.chances.get(where) if name == "exact_match" else None,
+                "chance": self.chances.get(where) if name in BASELINED else None,
                 "status": "ok" if ok else "diverged",
                 **{"attempt": self.attempt, "seconds": round(seconds, 3)},
             }
@@ -148,9 +152,23 @@ class Recorder:
         self.event("answers", file=name, sha256=sha256(self.folder / name))
         for where, found in answers.items():
             self.measure(who, step, where, metrics.score(found), ok, seconds)
-        weights = test.batches.weights.reshape(-1, self.cell.data.length)[test.text_rows]
-        found_text = text_metrics(np.asarray(text.logprob), weights, test.text_bytes)
-        self.measure(who, step, (TEXT, "test", 0), found_text, ok, seconds)
+        length = self.cell.data.length
+        rows = Batch(*(a.reshape(-1, length)[test.text_rows] for a in test.batches))
+        self.measure(
+            who, step, (held_out(self.cell), "test", 0), self.text(text, rows, test), ok, seconds
+        )
+
+    def text(self, text: Scores, rows: Batch, test: TestSet) -> dict[str, Measure]:
+        """What is measured on held-out rows: it depends on what they are to the model."""
+        objective = self.cell.train.objective
+        if objective == "masked":
+            return masked_metrics(text, rows)
+        if objective == "span":
+            return {f"span_{name}": m for name, m in restored(text, rows).items()}
+        found = text_metrics(np.asarray(text.logprob), rows.weights, test.text_bytes)
+        if objective == "seq2seq":
+            found["token_accuracy"] = restored(text, rows)["accuracy"]
+        return found
 
     def sync(self, clock: Clock | None = None) -> None:
         """Returns when everything written so far is on the disk; `clock` says how many seconds of

@@ -54,16 +54,14 @@ def make_step(
     rate: Callable[[Array], Array],
     *,
     tokens_per_step: int,
-    dropout: bool = False,
+    random: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Array]]:
     """`step(state, batch) -> (state, loss)`; `rate` maps tokens seen to a share of the peak
-    learning rate.
+    learning rate. A `random` objective is given a key: it has dropout, or draws masks.
     """
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Array]:
-        key = (
-            jax.random.fold_in(jax.random.key(state.dropout_seed), state.step) if dropout else None
-        )
+        key = jax.random.fold_in(jax.random.key(state.dropout_seed), state.step) if random else None
         loss_of = jax.value_and_grad(
             lambda params: objective(model, params, batch, key), has_aux=True
         )
