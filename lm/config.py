@@ -205,8 +205,9 @@ def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     real = [kind for kind in args if kind is not types.NoneType]
     if value is not None and len(real) == 1:
         return _convert(real[0], value, where)
-    if isinstance(value, Mapping) and all("kind" in _hints(kind) for kind in real):
-        return _convert(_named(real, value, where), value, where)
+    if value is not None and all("kind" in _hints(kind) for kind in real):
+        named = _named(real, value, where) if isinstance(value, Mapping) else real[0]
+        return _convert(named, value, where)
     errors = []
     for kind in args:
         try:

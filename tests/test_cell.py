@@ -52,7 +52,7 @@ def cell(**changes):
         ({"train__tokens": "many"}, "config.train.tokens is 'many' (str); it must be a whole"),
         ({"model__heads": "two"}, "config.model.heads is 'two' (str); it must be a whole"),
         ({"model__heads": 1.5}, "heads 1.5 does not divide width 16; use 1 or 2"),
-        ({"model__activation": "relu"}, "model.activation is 'relu'; use one of 'swiglu', 'gelu'"),
+        ({"model__activation": "silu"}, "model.activation is 'silu'; use one of 'swiglu', 'gelu'"),
         ({"model__size": 216}, "config.model.size is 216; it must be"),
         ({"model__size": None}, "config.model.size is None; it must be"),
         ({"model__size": ["2x16"]}, "config.model.size is ['2x16']; it must be"),
