@@ -32,6 +32,8 @@ VERBS = {
     "score": ("lm.eval.text:main", "BLEU, chrF and ROUGE of texts, with intervals"),
     "generate": ("lm.generate.cli:main", "go on with a text"),
     "chat": ("lm.generate.chat:main", "a conversation in the terminal"),
+    "code": ("experiments.code:main", "complete programming problems, and run them in a jail"),
+    "serve": ("lm.serve.cli:main", "serve a model by OpenAI's protocol"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 

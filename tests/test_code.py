@@ -8,12 +8,14 @@ import os
 from importlib import metadata
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import UserError
+from lm.emergence.table import COLUMNS
 from lm.eval import code, pair, sandbox
 from lm.eval.code import Checked, Problem, Sample
 from lm.eval.sandbox import Limits
@@ -293,3 +295,81 @@ def test_other_bad_files_are_one_sentence(tmp_path, monkeypatch):
     samples.write_text('{"task_id": "x", "completion": ""}')
     with pytest.raises(UserError, match="'x' is not among the problems"):
         code.read_samples(samples, [DOUBLE])
+
+
+def write_samples(path: Path, problems: list[Problem], wrong: int) -> Path:
+    """Two samples of every problem, the right one and, for the first `wrong`, a stub."""
+    lines = []
+    for i, p in enumerate(problems):
+        for body in (p.canonical_solution, "    pass\n" if i < wrong else p.canonical_solution):
+            lines.append(json.dumps({"task_id": p.task_id, "completion": body}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@jailed
+def test_the_command_scores_samples_and_keeps_their_verdicts(lm, tmp_path):
+    problems = code.read_problems(EASY)
+    samples = write_samples(tmp_path / "samples.jsonl", problems, 5)
+    done = lm(
+        "code", EASY, f"--samples={samples}", "--k=1,2", f"--out={tmp_path / 'out'}", "--json"
+    )
+    found = json.loads(done.out)
+    one, two = found["rows"]
+    assert (one["value"], two["value"], one["level"]) == (0.875, 1.0, "easy")
+    assert set(COLUMNS) >= set(one) - {"ci"} and found["verdicts"] == {"passed": 35, "failed": 5}
+    assert found["problems"]["easy/0"] == {"passed": 1, "failed": 1}
+    kept = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [k["passed"] for k in kept[:4]] == [True, False] * 2 and len(kept) == 40
+    # What was kept can be scored again.
+    again = lm("code", EASY, f"--samples={tmp_path / 'out'}", "--k=1")
+    assert "pass@1 = 0.875, 95 % interval 0.7" in again.out and "1 failed" in again.out
+
+
+@jailed
+def test_the_command_completes_and_cuts_at_the_end_of_a_function(lm, monkeypatch):
+    asked = []
+
+    def generate(loaded, prompts, sampler, options):
+        asked.append((loaded, prompts, sampler, options))
+        return [SimpleNamespace(text="    return sum(numbers)\n") for _ in prompts]
+
+    monkeypatch.setattr("lm.generate.generate", generate)
+    monkeypatch.setattr("lm.generate.weights.open_checkpoint", lambda path, weights: path)
+    done = lm("code", "model", EASY, "--n=2", "--k=1", "--temperature=0.5", "--json")
+    found = json.loads(done.out)
+    assert found["rows"][0]["value"] == 1 / 20 and found["problems"]["easy/0"] == {"passed": 2}
+    assert len(asked) == 20 and asked[0][0] == "model"
+    options = [o for _, _, _, row in asked for o in row]
+    assert all(o.stop == code.STOPS and o.tokens == 300 for o in options)
+    assert len({o.seed for o in options}) == 40
+
+
+BAD_COMMANDS = {
+    (): "give a checkpoint and a file of problems",
+    (EASY,): "give a checkpoint and a file of problems",
+    ("model", EASY, "--samples=x"): "give a checkpoint and a file of problems",
+    ("model", "/nonexistent"): "cannot be read: No such file",
+    ("model", EASY, "--k=0"): "--k is '0'",
+    ("model", EASY, "--k=x"): "--k is 'x'",
+    ("model", EASY, "--n=5"): "--n is 5; it must be at least 10",
+    (EASY, "--samples=/nonexistent"): "cannot be read: No such file",
+    (EASY, "--samples=x", "--seconds=0"): "wall_s is 0",
+    (EASY, "--samples=x", "--isolation=prayer"): "--isolation",
+    (EASY, "--samples=x", "--out=/nonexistent/x"): "no folder",
+}
+
+
+@jailed
+@pytest.mark.parametrize("given", BAD_COMMANDS, ids=map(str, range(len(BAD_COMMANDS))))
+def test_mistakes_are_one_sentence_and_exit_2(given, lm, tmp_path):
+    (tmp_path / "x").write_text('{"task_id": "easy/0", "completion": ""}')
+    done = lm(
+        "code", *(str(g).replace("--samples=x", f"--samples={tmp_path / 'x'}") for g in given)
+    )
+    assert done.code == 2 and BAD_COMMANDS[given] in done.err, done.err
+    assert done.err.count("\n") == 1
+
+
+def test_the_command_says_what_isolation_there_is(lm):
+    assert "namespaces: " in lm("code", "--explain").out

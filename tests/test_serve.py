@@ -17,6 +17,9 @@ from pathlib import Path
 import fake_server
 import pytest
 
+from lm.config import UserError
+from lm.serve import cli, listen
+
 httpx = pytest.importorskip("httpx", reason="the extra dev has httpx")
 pytest.importorskip("uvicorn", reason="the extra serve has uvicorn")
 pytest.importorskip("starlette", reason="the extra serve has starlette")
@@ -272,3 +275,39 @@ def test_who_is_slow_is_cut_off(url):
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(10) == b""
             assert 0.5 < time.monotonic() - began < 10
+
+
+BAD = {
+    ("x", "--host=0.0.0.0"): "there is no key",
+    ("x", "--port=70000"): "--port is 70000",
+    ("x", "--queue=0"): "--queue is 0",
+    ("x", "--key_file=/nonexistent"): "cannot be read",
+    ("x", "--nothing"): "unrecognized",
+    ("x", "--host=203.0.113.7", "--key_file=KEY"): "cannot listen",
+}
+
+
+@pytest.mark.parametrize("given", BAD, ids=BAD.values())
+def test_mistakes_are_one_sentence(given, tmp_path):
+    (tmp_path / "key").write_text("0123456789abcdef\n")
+    argv = [word.replace("KEY", str(tmp_path / "key")) for word in given]
+    with pytest.raises(UserError, match=BAD[given]):
+        cli.main(argv)
+
+
+def test_a_key_has_to_be_one(tmp_path):
+    for text in ("short\n", "é" * 20, ""):
+        (tmp_path / "key").write_text(text)
+        with pytest.raises(UserError, match="at least 16"):
+            cli.main(["x", f"--key_file={tmp_path / 'key'}"])
+
+
+def test_an_address_that_is_taken_is_said_before_anything_is_loaded():
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="another --port"):
+        cli.main(["/nonexistent", f"--port={taken.getsockname()[1]}"])
+
+
+def test_without_the_packages_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r"needs the package uvicorn; .*\[serve\]"):
+        cli.main(["x"])
