@@ -19,6 +19,7 @@ and recomputing it (remat, blockwise) is not counted.
 from dataclasses import dataclass
 from typing import Any
 
+from lm.attention.relative import BUCKETS
 from lm.config import UserError, nearest
 from lm.models import Config, LSTMConfig, TransformerConfig
 from lm.models.config import GATED
@@ -110,7 +111,7 @@ def parameters(config: Config) -> Parameters:
     tables = c.width * (rows + (c.context if c.positions == "learned" else 0))
     layers = c.layers * (_layer_weights(c) + _layer_vectors(c))
     # Of the final states, or of the embedding of a post-norm model.
-    top = _norm(c)
+    top = _norm(c) + (BUCKETS * c.heads if c.positions == "relative" else 0)
     if c.head == "mlm":
         biased = c.width if c.bias == "all" else 0
         top += c.width * c.width + biased + _norm(c) + c.vocab_size

@@ -38,6 +38,7 @@ FAMILIES = {
         "base_width": 8,
     },
     "mixed": {"activation": "geglu", "bias": "all", "block": "post", "window": 2, "kv_heads": 1},
+    "relative": {"positions": "relative", "activation": "relu", "head_width": 5},
     "relu": {**LEARNED, "activation": "relu", "norm": "layer", "direction": "both", "window": 2},
 }
 
@@ -77,7 +78,7 @@ def _row(c, p, tokens, segments, positions, types):
     if c.block == "post":
         x = _norm(c, p, "embed_norm", x)
     for i in range(c.layers):
-        w = {name: stacked[i] for name, stacked in p["layers"].items()}
+        w = {name: stacked[i] for name, stacked in p["layers"].items()} | {"far": p.get("relative")}
         if c.block == "pre":
             x = x + _attend(c, w, _norm(c, w, "norm1", x), segments, positions)
             x = x + _mlp(c, w, _norm(c, w, "norm2", x))
@@ -140,6 +141,23 @@ def _sees(c, segments, t, s):
     return near and segments[t] == segments[s] != 0 and (s <= t or c.direction == "both")
 
 
+def _bucket(c, distance):
+    """Where T5 has the bias of a key that stands so far to the right of its query."""
+    count = 16 if c.direction == "both" else 32
+    side, n = (16, distance) if c.direction == "both" and distance > 0 else (0, max(-distance, 0))
+    exact = count // 2
+    if n < exact:
+        return side + n
+    far = exact + int(math.log(n / exact) / math.log(128 / exact) * (count - exact))
+    return side + min(far, count - 1)
+
+
+def _score(c, w, q, key, head, distance):
+    if c.positions == "relative":
+        return q @ key + w["far"][_bucket(c, distance), head]
+    return q @ key / c.head_size**0.5
+
+
 def _attend(c, w, x, segments, positions):
     T, K, G, H = len(x), c.kv_heads, c.group, c.head_size
     qkv = (x @ w["qkv"] + w.get("qkv_bias", 0)).reshape(T, K, G + 2, H)
@@ -155,7 +173,8 @@ def _attend(c, w, x, segments, positions):
             for t in range(T):
                 seen = [s for s in range(T) if _sees(c, segments, t, s)]
                 if seen:
-                    score = np.array([q[t] @ keys[s] for s in seen]) / H**0.5
+                    pairs = [_score(c, w, q[t], keys[s], k * G + g, s - t) for s in seen]
+                    score = np.array(pairs)
                     e = np.exp(score - score.max())
                     out[t, k, g] = e @ values[seen] / e.sum()
     return out.reshape(T, -1) @ w["out"] + w.get("out_bias", 0)

@@ -132,6 +132,8 @@ def test_the_kernel_of_small_models_refuses_what_it_does_not_know(name):
     [
         ({"positions": "learned"}, "positions 'learned' need a row for each; give context"),
         ({"positions": "learned", "context": 8, "rotary_fraction": 0.5}, "leave them out"),
+        ({"positions": "relative", "rope_scaling": (8.0, 1.0, 4.0, 99.0)}, "leave them out"),
+        ({"head_width": 5}, "head size 5 is odd"),
         ({"rotary_fraction": 0.0}, "rotary_fraction is 0.0; it must be above 0 and at most 1"),
         ({"rotary_fraction": 0.1}, "rotary_fraction 0.1 of a head of 6 rotates nothing"),
         ({"rope_scaling": (8.0, 1.0)}, "rope_scaling is [8.0, 1.0]; it must be four positive"),

@@ -31,6 +31,8 @@ BACKENDS: dict[str, ModuleType] = {
 }
 # To XLA these are calls without a rule for cutting them: on a mesh each device calls its own.
 KERNELS = ("cpu", "gpu", "tpu", "splash")
+BIASED = ("reference",)  # those that take an additive bias
+MOVED = ("reference", "blockwise")  # those whose queries may begin at a later key, `Mask.start`
 
 # Per platform, in order: a backend, and the largest T*S for which `auto` takes it (None: any).
 # docs/attention.md has the measurements behind the order and the limits on a CPU and on an H200;
@@ -59,23 +61,27 @@ def attention(
     *,
     scale: float | None = None,
     impl: str = "auto",
+    bias: Array | None = None,
 ) -> Array:
     """softmax(q k' scale + mask) v: q [B, T, N, H]; k, v [B, S, K, H], K divides N -> [B, T, N, H].
 
-    `scale` defaults to 1/sqrt(H). Raises UserError if `impl` is unknown or cannot run these
-    operands.
+    `scale` defaults to 1/sqrt(H); a bias [N, T, S] is added to the scores. Raises UserError if
+    `impl` is unknown or cannot run these operands.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(mask, Ring):
-        if impl != "auto":
+        if impl != "auto" or bias is not None:
+            what = "a bias" if bias is not None else f"attention backend '{impl}'"
             raise UserError(
-                f"attention backend '{impl}' cannot run here: several devices share each row; use"
-                " impl='auto', which is a ring, or a mesh without the axis 'sequence'"
+                f"{what} cannot run here: several devices share each row; use impl='auto', which"
+                " is a ring and has no bias, or a mesh without the axis 'sequence'"
             )
         check(q, k, v, Mask(True, q_segments=mask.segments))
         return ring.attention(q, k, v, mask, scale=scale)
     check(q, k, v, mask)
-    name = choose(q, k, v, mask, impl)
+    name = choose(q, k, v, mask, impl, bias is not None)
+    if bias is not None:
+        return BACKENDS[name].attention(q, k, v, mask, scale=scale, bias=bias)
     if name not in KERNELS:
         return BACKENDS[name].attention(q, k, v, mask, scale=scale)
 
@@ -120,15 +126,26 @@ def _parts(mask: Mask) -> tuple[Array | None, ...]:
     return mask.q_segments, mask.k_segments, mask.prefix, mask.lengths
 
 
-def choose(q: Any, k: Any, v: Any, mask: Mask, impl: str = "auto") -> str:
+def choose(q: Any, k: Any, v: Any, mask: Mask, impl: str = "auto", biased: bool = False) -> str:
     """The name of the backend that would run on this platform; operands may be mere shapes."""
     if impl == "auto":
+        if biased:
+            return BIASED[0]
         return next(name for name, reason in _candidates(q, k, v, mask) if not reason)
     if impl not in BACKENDS:
         raise UserError(f"no attention backend '{impl}'; {nearest(impl, ['auto', *BACKENDS])}")
-    if reason := BACKENDS[impl].supports(q, k, v, mask):
+    if reason := _refuses(impl, q, k, v, mask, biased):
         raise UserError(f"attention backend '{impl}' cannot run here: {reason}; use impl='auto'")
     return impl
+
+
+def _refuses(name: str, q: Any, k: Any, v: Any, mask: Mask, biased: bool = False) -> str:
+    """ "" or why a backend cannot run these operands."""
+    if biased and name not in BIASED:
+        return "it has no additive bias"
+    if mask.start is not None and name not in MOVED:
+        return "its queries begin at the first key"
+    return BACKENDS[name].supports(q, k, v, mask)
 
 
 def explain(q: Array, k: Array, v: Array, mask: Mask) -> str:
@@ -148,7 +165,7 @@ def _candidates(q: Array, k: Array, v: Array, mask: Mask) -> list[tuple[str, str
     result = []
     size = q.shape[1] * k.shape[1]
     for name, limit in ORDER[jax.default_backend()]:
-        reason = BACKENDS[name].supports(q, k, v, mask)
+        reason = _refuses(name, q, k, v, mask)
         if not reason and limit is not None and size > limit:
             reason = f"T*S = {size} is above {limit}, where the next one is faster or smaller"
         result.append((name, reason))

@@ -174,7 +174,8 @@ class _Tiles(NamedTuple):
         """The key blocks [low, high) of which block i of the queries may see something."""
         mask, T, S = self.mask, self.q_shape[1], self.k_shape[1]
         Q, C = _block(T), _block(S)
-        first, last = i * Q, i * Q + Q - 1
+        first = i * Q if mask.start is None else i * Q + mask.start
+        last = first + Q - 1
         low, high = jnp.int32(0), jnp.int32(-(-S // C))
         if mask.prefix is not None:
             return low, high

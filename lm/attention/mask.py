@@ -6,7 +6,8 @@ Query t of row b sees key s when all of these hold:
     q_segments[b, t] == k_segments[b, s] != 0                      documents; 0 is padding
     s < prefix[b]   or   (causal: s <= t)  and  (window: |t - s| < window)
 
-Positions are indices into the arrays, so with T != S query 0 stands at key 0. A query that sees no
+Positions are indices into the arrays, so with T != S query 0 stands at key 0, or at key `start`
+where there is one: t is then start + t in the last line. A query that sees no
 key gives a zero row and zero gradients in every backend. Backends read the fields they can exploit,
 or ask `visible` for a tile.
 """
@@ -27,7 +28,7 @@ class Mask:
     """Structure of an attention mask; `None` switches a part off.
 
     Arrays: q_segments int32 [B, T], k_segments int32 [B, S] (default: q_segments), prefix and
-    lengths int32 [B].
+    lengths int32 [B], start int32 [].
     """
 
     causal: bool = field(default=False, metadata={"static": True})
@@ -36,6 +37,7 @@ class Mask:
     k_segments: Array | None = None
     prefix: Array | None = None
     lengths: Array | None = None
+    start: Array | None = None
 
     def as_array(self, T: int, S: int) -> Array:
         """The mask as bool [B or 1, T, S]: quadratic memory, for `reference` and for tests."""
@@ -47,7 +49,7 @@ def visible(mask: Mask, t: Array, s: Array) -> Array:
 
     Indices past the end of the segments are padding; without segments the caller hides them.
     """
-    i, j = t[:, None], s[None, :]
+    i, j = t[:, None] if mask.start is None else t[:, None] + mask.start, s[None, :]
     seen = jnp.ones((1, t.size, s.size), bool)
     if mask.causal:
         seen &= j <= i

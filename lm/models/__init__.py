@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from lm.models.cache import Cache, empty_cache
 from lm.models.config import TransformerConfig
 from lm.models.lstm import LSTM, LSTMConfig
 from lm.models.transformer import Transformer
@@ -18,12 +19,14 @@ from lm.models.transformer import Transformer
 __all__ = [
     "LSTM",
     "MODELS",
+    "Cache",
     "Config",
     "LSTMConfig",
     "Transformer",
     "TransformerConfig",
     "abstract",
     "build",
+    "empty_cache",
     "initialise",
     "logical_axes",
     "mup_multipliers",

@@ -57,7 +57,8 @@ class TransformerConfig:
     # final states; parallel: x + attention(norm1(x)) + mlp(norm2(x)).
     block: Literal["pre", "post", "parallel"] = _new("pre")
     bias: Literal["none", "qkv", "all"] = _new("none")  # all: of every product but the head's
-    positions: Literal["rotary", "learned"] = _new("rotary")
+    # relative: a bias of the scores by distance, which are not scaled, as in T5.
+    positions: Literal["rotary", "learned", "relative"] = _new("rotary")
     context: int = _new(0)  # positions that the model knows, the rows of a learned table; 0: no end
     rotary_fraction: float = _new(1.0)  # of a head's features, the first, that are rotated
     # Llama 3: factor, low and high frequency factor, context before; lm/attention/rotary.py.
@@ -65,13 +66,14 @@ class TransformerConfig:
     window: int = _new(0)  # a token sees itself and the window - 1 before it; 0: all
     direction: Literal["causal", "both"] = _new("causal")
     token_types: int = _new(0)
+    head_width: int = _new(0)  # H, where it is not width / heads
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_size"):
             positive(name, getattr(self, name))
         for name in ("norm_epsilon", "rope_base"):
             positive(name, getattr(self, name))
-        for name in ("base_width", "context", "window", "token_types"):
+        for name in ("base_width", "context", "window", "token_types", "head_width"):
             within(name, getattr(self, name), 0)
         within("z_loss", self.z_loss, 0, 1)
         within("dropout", self.dropout, 0, 1)
@@ -80,14 +82,15 @@ class TransformerConfig:
         if self.attention not in ("auto", *BACKENDS):
             remedy = nearest(self.attention, ["auto", *BACKENDS])
             raise UserError(f"attention {self.attention!r} is not a backend; {remedy}")
-        divides("heads", self.heads, "width", self.width)
+        if not self.head_width:
+            divides("heads", self.heads, "width", self.width)
         divides("kv_heads", self.kv_heads, "heads", self.heads)
         check_positions(self)
 
     @property
     def head_size(self) -> int:
         """H."""
-        return self.width // self.heads
+        return self.head_width or self.width // self.heads
 
     @property
     def group(self) -> int:
@@ -98,6 +101,11 @@ class TransformerConfig:
     def gated(self) -> bool:
         """Whether the MLP has a gate."""
         return self.activation in GATED
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What scores are multiplied by; None for 1/sqrt(H)."""
+        return 1.0 if self.positions == "relative" else None
 
     @property
     def rotated(self) -> int:
@@ -116,16 +124,17 @@ def check_positions(c: TransformerConfig) -> None:
     """Refuses settings of positions that no model can have, or that nothing would read."""
     if c.positions == "learned" and not c.context:
         raise UserError("positions 'learned' need a row for each; give context, such as 1024")
-    if c.positions == "learned" and (c.rotary_fraction != 1 or c.rope_scaling):
+    if c.positions != "rotary" and (c.rotary_fraction != 1 or c.rope_scaling):
         raise UserError(
-            "rotary_fraction and rope_scaling are of rotary positions, positions is 'learned';"
-            " leave them out"
+            "rotary_fraction and rope_scaling are of rotary positions, positions is"
+            f" {c.positions!r}; leave them out"
         )
     if not 0 < c.rotary_fraction <= 1:
         raise UserError(f"rotary_fraction is {c.rotary_fraction}; it must be above 0 and at most 1")
     if c.positions == "rotary" and c.rotary_fraction == 1 and c.head_size % 2:
+        made = "" if c.head_width else f" (width {c.width} / heads {c.heads})"
         raise UserError(
-            f"head size {c.head_size} (width {c.width} / heads {c.heads}) is odd;"
+            f"head size {c.head_size}{made} is odd;"
             " rotary positions need an even one, change heads or width"
         )
     if c.positions == "rotary" and not c.rotated:
@@ -157,6 +166,7 @@ def deviation(config: Any, name: str) -> float:
         "position_embed": base**-0.5,
         "type_embed": base**-0.5,
         "head": base**-0.5,
+        "relative": config.width**-0.5,
         "transform": config.width**-0.5,
         "qkv": config.width**-0.5,
         "out": (config.heads * config.head_size) ** -0.5 * branch,

@@ -41,6 +41,7 @@ ONLY = {
     "window": (0,),
     "direction": ("causal",),
     "token_types": (0,),
+    "head_width": (0,),
 }
 NAMES = ("embed", "head", "norm", "norm1", "qkv", "out", "norm2", "up", "gate", "down")
 

@@ -49,10 +49,17 @@ def bias(module: Any, name: str, size: int, axis: str | None = None) -> Array:
 
 
 def dense(
-    module: Any, name: str, x: Array, shape: tuple[int, int], axes: tuple[str | None, str | None]
+    module: Any,
+    name: str,
+    x: Array,
+    shape: tuple[int, int],
+    axes: tuple[str | None, str | None],
+    learns: bool = True,
 ) -> Array:
-    """x [X, I] times the weight `name` [I, O], plus `name`_bias where the config has one."""
-    y = product(x, weight(module, name, shape, *axes))
+    """x [X, I] times the weight `name` [I, O], plus `name`_bias where the config has one; `learns`
+    as for `product`.
+    """
+    y = product(x, weight(module, name, shape, *axes), learns)
     has = module.config.bias
     if has == "all" or (has == "qkv" and name == "qkv"):
         # What lies along the residual stream is whole on every device, as the norms are.
@@ -100,20 +107,23 @@ def activate(name: str, x: Array) -> Array:
     return jax.nn.gelu(x, approximate=name != "gelu_exact")
 
 
-def product(x: Array, w: Array) -> Array:
+def product(x: Array, w: Array, learns: bool = True) -> Array:
     """x [X, I] @ w [I, O] -> [X, O].
 
-    A tall w is turned first, so that its gradient is a wide product, [O, X] @ [X, I]: the tall one
-    takes XLA on a CPU up to 5 times as long (265 against 55 us at [128, 2048] @ [2048, 16]). The
-    barrier keeps XLA from turning it back.
+    If a gradient may be asked for, a tall w is turned first, so that its gradient is a wide
+    product, [O, X] @ [X, I]: the tall one takes XLA on a CPU up to 5 times as long (265 against 55
+    us at [128, 2048] @ [2048, 16]). The barrier keeps XLA from turning it back. To turn it for few
+    rows takes longer than the product: up to 20 times, for one row of a model of 135M.
     """
-    if w.shape[0] > w.shape[1]:
+    if learns and w.shape[0] > w.shape[1]:
         return jnp.einsum("xi,oi->xo", x, lax.optimization_barrier(w.T))
     return x @ w
 
 
-def logits(x: Array, table: Array) -> Array:
-    """x [X, D] times every row of table [V, D], in float32: [X, V]. The barrier as in `product`."""
+def logits(x: Array, table: Array, learns: bool = True) -> Array:
+    """x [X, D] times every row of table [V, D], in float32: [X, V]; turned as in `product`."""
+    if not learns:
+        return jnp.einsum("xd,vd->xv", x, table, preferred_element_type=jnp.float32)
     turned = lax.optimization_barrier(table.T)
     return jnp.einsum("xd,dv->xv", x, turned, preferred_element_type=jnp.float32)
 

@@ -17,89 +17,26 @@ weights have standard deviation 1/sqrt(fan-in) and learning rate 1/m; embeddings
 biases keep both; the logits are multiplied by 1/m.
 """
 
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from lm.attention import Mask, Ring, attention, rotary_attention
-from lm.attention.rotary import rope_angles, rotate, split_heads
+from lm.attention import Mask, Ring
+from lm.attention.relative import BUCKETS, relative_bias
+from lm.attention.rotary import rope_angles
 from lm.config import UserError
+from lm.models.block import STREAM, Block, View, stack
+from lm.models.cache import Cache, fill
 from lm.models.config import TransformerConfig, deviation
-from lm.models.layers import (
-    activate,
-    bias,
-    dense,
-    dropout,
-    logits,
-    normalise,
-    rms_norm,
-    scale,
-    weight,
-)
+from lm.models.layers import activate, bias, dense, dropout, logits, normalise, weight
 from lm.sharding import constrain
 
 __all__ = ["Block", "Transformer", "TransformerConfig", "deviation"]
 
-STREAM = ("batch", "seq", None)
-
-
-class Block(nn.Module):
-    """One layer: attention, then the MLP, each added to the stream."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(
-        self, x: Array, key: Array | None, mask: Mask | Ring, angles: tuple | None
-    ) -> tuple[Array, None]:
-        """x [B, T, D] -> ([B, T, D], None); `key` switches dropout on."""
-        c = self.config
-        keys = (None, None) if key is None else jax.random.split(key)
-        pre, given = c.block != "post", x
-
-        h = self.attend(normalise(self, "norm1", x) if pre else x, mask, angles)
-        x = constrain(x + dropout(h, c.dropout, keys[0]), STREAM)
-        x = x if pre else normalise(self, "norm1", x)
-
-        y = given if c.block == "parallel" else x
-        h = self.mlp(normalise(self, "norm2", y) if pre else y)
-        x = constrain(x + dropout(h, c.dropout, keys[1]), STREAM)
-        return x if pre else normalise(self, "norm2", x), None
-
-    def attend(self, x: Array, mask: Mask | Ring, angles: tuple | None) -> Array:
-        """x [B, T, D] -> [B, T, D]."""
-        c = self.config
-        (B, T, D), K, G, H = x.shape, c.kv_heads, c.group, c.head_size
-        qkv = dense(self, "qkv", x.reshape(B * T, D), (D, K * (G + 2) * H), ("embed", "heads"))
-        qkv = constrain(qkv.reshape(B, T, K, G + 2, H), ("batch", "seq", "kv_heads", None, "head"))
-        if angles is not None and c.qk_norm == "none":
-            a = rotary_attention(qkv, angles, mask, impl=c.attention)
-        else:
-            q, k, v = split_heads(qkv)
-            if c.qk_norm == "rms":
-                q = rms_norm(q, scale(self, "q_norm", H), c.norm_epsilon)
-                k = rms_norm(k, scale(self, "k_norm", H), c.norm_epsilon)
-            if angles is not None:
-                q, k = rotate(q, angles), rotate(k, angles)
-            a = attention(q, k, v, mask, impl=c.attention)
-        a = a.reshape(B * T, K * G * H)
-        return dense(self, "out", a, (K * G * H, D), ("heads", "embed")).reshape(B, T, D)
-
-    def mlp(self, x: Array) -> Array:
-        """x [B, T, D] -> [B, T, D]."""
-        c = self.config
-        (B, T, D), F = x.shape, c.mlp_size
-        x = x.reshape(B * T, D)
-        h = dense(self, "up", x, (D, F), ("embed", "mlp"))
-        if c.gated:
-            gate = dense(self, "gate", x, (D, F), ("embed", "mlp"))
-            h = activate(c.activation, gate) * h
-        else:
-            h = activate(c.activation, h)
-        return dense(self, "down", h, (F, D), ("mlp", "embed")).reshape(B, T, D)
+Top = tuple[Array, Array | None]  # the table of the head [V, D], and its bias [V]
 
 
 class Transformer(nn.Module):
@@ -121,13 +58,25 @@ class Transformer(nn.Module):
         Segments are 1.. for documents and 0 for padding; types default to 0. Dropout needs
         `deterministic=False` and `rngs={"dropout": key}`.
         """
-        c, (B, T) = self.config, tokens.shape
-        x, table, offset = self.states(
-            tokens, segments, positions, types, deterministic=deterministic
-        )
-        y = logits(x.reshape(B * T, c.width), table) / c.width_ratio
-        y = y if offset is None else y + offset
-        return constrain(y.reshape(B, T, c.vocab_size), ("batch", "seq", "vocab"))
+        x, top, _ = self.states(tokens, segments, positions, types, deterministic=deterministic)
+        return self.multiply(x, *top)
+
+    def extend(
+        self,
+        tokens: Array,
+        segments: Array,
+        positions: Array,
+        cache: Cache,
+        keep: Literal["last", "all"] = "last",
+    ) -> tuple[Array, Cache]:
+        """Logits float32 [B, 1 or T, V] of T more columns, and the cache with them.
+
+        Equal to the logits of whole rows, however they are cut into columns. Of those, `cache` must
+        have room for T more. No gradient is expected: weights are not laid out for one.
+        """
+        x, top, grown = self.states(tokens, segments, positions, None, cache, deterministic=True)
+        assert grown is not None
+        return self.multiply(x[:, -1:] if keep == "last" else x, *top, learns=False), grown
 
     def hidden(
         self,
@@ -143,7 +92,7 @@ class Transformer(nn.Module):
         The logits are this product over `width_ratio`. A head with a bias has it as a further
         column of the table, [V, D + 1], beside states of one.
         """
-        x, table, offset = self.states(
+        x, (table, offset), _ = self.states(
             tokens, segments, positions, types, deterministic=deterministic
         )
         if offset is not None:
@@ -159,18 +108,49 @@ class Transformer(nn.Module):
         segments: Array,
         positions: Array,
         types: Array | None,
+        cache: Cache | None = None,
         *,
         deterministic: bool,
-    ) -> tuple[Array, Array, Array | None]:
-        """Final states [B, T, D], the head's table [V, D] and its bias [V] or None."""
+    ) -> tuple[Array, Top, Cache | None]:
+        """Final states [B, T, D], what the logits are made of, and the cache with what was read."""
         c = self.config
         table, x = self.enter(tokens, positions, types)
-        keys = None
+        keys, layers, kept = None, None, None
         if c.dropout and not deterministic:
             keys = jax.random.split(self.make_rng("dropout"), c.layers + 1)
             x, keys = dropout(x, c.dropout, keys[0]), keys[1:]
-        x, _ = _stack(c)(c, name="layers")(x, keys, _mask(c, segments), _angles(c, positions))
-        return self.leave(x, table)
+        if cache is not None:
+            cache = cache._replace(segments=fill(cache, segments))
+            layers, kept = jnp.arange(c.layers), cache.layers
+        view = self.view(segments, positions, cache)
+        (x, kept), _ = stack(c)(c, name="layers")((x, kept), keys, layers, view)
+        if cache is not None:
+            cache = cache._replace(layers=kept, length=cache.length + tokens.shape[1])
+        return *self.leave(x, table), cache
+
+    def view(self, segments: Array | Ring | Mask, positions: Array, cache: Cache | None) -> View:
+        """How the tokens of a batch see each other, and what is kept."""
+        c, T = self.config, positions.shape[1]
+        angles, added, start = None, None, None if cache is None else cache.length
+        if c.positions == "rotary":
+            angles = rope_angles(positions, c.rotated, c.rope_base, c.rope_scaling)
+        if c.positions == "relative":
+            table = weight(self, "relative", (BUCKETS, c.heads), None, "heads")
+            S = T if cache is None else cache.segments.shape[1]
+            added = relative_bias(table, T, S, 0 if start is None else start, c.direction == "both")
+        if isinstance(segments, Ring):  # rows that several devices share
+            if c.direction != "causal" or c.window or added is not None:
+                raise UserError(
+                    "several devices share each row, which only causal attention without a window"
+                    f" or a bias can; direction is {c.direction!r}, window {c.window} and positions"
+                    f" {c.positions!r}, use a mesh without 'sequence'"
+                )
+            return View(segments, angles)
+        if isinstance(segments, Mask):  # of a caller for whom padding, too, sees what is real
+            return View(segments, angles, added)
+        filled = None if cache is None else cache.segments
+        mask = Mask(c.direction == "causal", c.window or None, segments, filled, start=start)
+        return View(mask, angles, added)
 
     def enter(self, tokens: Array, positions: Array, types: Array | None) -> tuple[Array, Array]:
         """The table [V, D] and what enters the first layer [B, T, D]."""
@@ -191,51 +171,22 @@ class Transformer(nn.Module):
         x = constrain(x, STREAM)
         return table, normalise(self, "embed_norm", x) if c.block == "post" else x
 
-    def leave(self, x: Array, table: Array) -> tuple[Array, Array, Array | None]:
-        """What the logits are made of, from the last layer's x [B, T, D]."""
+    def leave(self, x: Array, table: Array) -> tuple[Array, Top]:
+        """Final states and what the logits are made of, from the last layer's x [B, T, D]."""
         c, (B, T, D) = self.config, x.shape
         if c.block != "post":
             x = normalise(self, "norm", x)
         if c.head == "untied":
             table = weight(self, "head", (c.vocab_size, D), "vocab", "embed")
         if c.head != "mlm":
-            return x, table, None
+            return x, (table, None)
         h = dense(self, "transform", x.reshape(B * T, D), (D, D), ("embed", None))
         h = normalise(self, "transform_norm", activate(c.activation, h))
-        return h.reshape(B, T, D), table, bias(self, "head_bias", c.vocab_size, "vocab")
+        return h.reshape(B, T, D), (table, bias(self, "head_bias", c.vocab_size, "vocab"))
 
-
-def _mask(c: TransformerConfig, segments: Array | Ring | Mask) -> Mask | Ring:
-    if isinstance(segments, Mask):  # of a caller for whom padding, too, sees what is real
-        return segments
-    if not isinstance(segments, Ring):
-        return Mask(c.direction == "causal", c.window or None, q_segments=segments)
-    if c.direction != "causal" or c.window:  # rows that several devices share
-        raise UserError(
-            f"several devices share each row, which only causal attention without a window can;"
-            f" direction is {c.direction!r} and window {c.window}, use a mesh without 'sequence'"
-        )
-    return segments
-
-
-def _angles(c: TransformerConfig, positions: Array) -> tuple[Array, Array] | None:
-    if c.positions != "rotary":
-        return None
-    return rope_angles(positions, c.rotated, c.rope_base, c.rope_scaling)
-
-
-def _stack(config: TransformerConfig) -> Any:
-    """Block repeated over depth, its parameters stacked along a leading axis `layers`."""
-    block: Any = Block
-    if config.remat != "none":
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        block = nn.remat(Block, prevent_cse=False, policy=keep if config.remat == "dots" else None)
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=config.layers,
-        unroll=config.layers if config.layer_loop == "unroll" else 1,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    def multiply(self, x: Array, table: Array, offset: Array | None, learns: bool = True) -> Array:
+        """Logits [B, T, V] of final states [B, T, D]."""
+        c, (B, T, D) = self.config, x.shape
+        y = logits(x.reshape(B * T, D), table, learns) / c.width_ratio
+        y = y if offset is None else y + offset
+        return constrain(y.reshape(B, T, c.vocab_size), ("batch", "seq", "vocab"))
