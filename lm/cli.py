@@ -34,6 +34,7 @@ VERBS = {
     "chat": ("lm.generate.chat:main", "a conversation in the terminal"),
     "code": ("experiments.code:main", "complete programming problems, and run them in a jail"),
     "serve": ("lm.serve.cli:main", "serve a model by OpenAI's protocol"),
+    "weights": ("lm.pretrained.show:main", "what is in a model, and write it for transformers"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 

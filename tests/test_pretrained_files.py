@@ -146,7 +146,7 @@ SPOILT = st.lists(
 
 
 def spoil(data: bytes, changes: list, head: int) -> bytes:
-    """The bytes with the changes, all but cuts in the first `head`: lengths and counts are there."""
+    """The bytes with the changes, all but cuts in the first `head`, where the lengths are."""
     out = bytearray(data)
     for how, place, value in changes:
         at = int(place * (min(head, len(out)) if how != "cut" else len(out)))

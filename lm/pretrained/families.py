@@ -215,7 +215,7 @@ GGUF = {
 
 
 # Settings that say how a model is computed or trained, and not what it computes.
-_NUMERICS = {
+NUMERICS = {
     *("dropout", "dtype", "param_dtype", "attention", "layer_loop", "remat", "loss", "z_loss"),
 }
 
@@ -228,7 +228,7 @@ def family_of(c: Any) -> Family:
         except (AttributeError, StopIteration, UserError):  # it has what the family cannot say
             continue
         # A context of 0 has no end, and a config.json must name one.
-        free = _NUMERICS | (set() if c.context else {"context"})
+        free = NUMERICS | (set() if c.context else {"context"})
         names = [f.name for f in dataclasses.fields(c) if f.name not in free]
         if all(getattr(again, name) == getattr(c, name) for name in names):
             return family
