@@ -11,9 +11,9 @@ FLOPs are those of the products, 2 per multiply-add. A sequence of T tokens cost
     2 T (weights of the layers and of the head) + 4 L N H T (T + 1) / 2
 
 for only T (T + 1) / 2 pairs are seen under a causal mask, fewer through a window, and all T^2 in
-both directions; an LSTM has no pairs, and a layer of it eight matrices of width x cells. Looking
-up an embedding is free, norms and other element-wise work are left out, backward is twice forward,
-and recomputing it (remat, blockwise) is not counted.
+both directions; a decoder has pairs with its source too. An LSTM has no pairs, and a layer of it
+eight matrices of width x cells. Looking up an embedding is free, norms and other element-wise work
+are left out, backward is twice forward, and recomputing it (remat, blockwise) is not counted.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import Any
 
 from lm.attention.relative import BUCKETS
 from lm.config import UserError, nearest
-from lm.models import Config, LSTMConfig, TransformerConfig
+from lm.models import Config, EncoderDecoderConfig, LSTMConfig, TransformerConfig
 from lm.models.config import GATED
 
 
@@ -54,7 +54,8 @@ NAMED: dict[str, tuple[int, int, int, int, int]] = {
 
 def ladder(size: str, **settings: Any) -> Any:
     """The model of a size, "LxD" (layers x width) or one of `NAMED`; `settings` are further fields,
-    and win. Its kind is a Transformer's unless they say otherwise.
+    and win. Its kind is a Transformer's unless they say otherwise; an encoder-decoder has as many
+    layers in each of its two stacks.
 
     Ladder models have GELU, tied embeddings and a vocabulary of 128 unless `settings` say
     otherwise; named ones have SwiGLU, an untied head, bfloat16 products and a vocabulary of 32,000.
@@ -62,7 +63,7 @@ def ladder(size: str, **settings: Any) -> Any:
     if settings.get("kind") == "lstm":
         layers, width = _parse(size)
         return LSTMConfig(**({"vocab_size": 128, "layers": layers, "width": width} | settings))
-    if size in NAMED:
+    if size in NAMED and settings.get("kind") != "encoder_decoder":
         layers, width, heads, kv_heads, mlp = NAMED[size]
         shape: dict[str, Any] = _LARGE | {
             "vocab_size": 32_000,
@@ -76,6 +77,9 @@ def ladder(size: str, **settings: Any) -> Any:
         gated = settings.get("activation", "gelu") in GATED
         shape["mlp_size"] = 2 * round(4 * width / 3) if gated else 4 * width
     shape |= {"layers": layers, "width": width, "heads": heads}
+    if settings.get("kind") == "encoder_decoder":
+        del shape["kv_heads"]
+        return EncoderDecoderConfig(**(shape | settings))
     return TransformerConfig(**(shape | settings))
 
 
@@ -107,11 +111,17 @@ def parameters(config: Config) -> Parameters:
         tables = c.vocab_size * c.width * (2 if c.head == "untied" else 1)
         layers = c.layers * (_lstm_weights(c) + 4 * c.memory)
         return Parameters(layers + tables, layers, tables)
+    if isinstance(c, EncoderDecoderConfig):
+        tables = c.vocab_size * c.width * (2 if c.head == "untied" else 1)
+        tables += 2 * c.context * c.width if c.positions == "learned" else 0
+        layers = c.decoder.layers * (2 * _cross_weights(c) + _norm(c.decoder))
+        for part in (c.encoder, c.decoder):
+            layers += part.layers * (_layer_weights(part) + _layer_vectors(part)) + _top(part)
+        return Parameters(layers + tables, layers, tables)
     rows = c.vocab_size * (2 if c.head == "untied" else 1) + c.token_types
     tables = c.width * (rows + (c.context if c.positions == "learned" else 0))
     layers = c.layers * (_layer_weights(c) + _layer_vectors(c))
-    # Of the final states, or of the embedding of a post-norm model.
-    top = _norm(c) + (BUCKETS * c.heads if c.positions == "relative" else 0)
+    top = _top(c)
     if c.head == "mlm":
         biased = c.width if c.bias == "all" else 0
         top += c.width * c.width + biased + _norm(c) + c.vocab_size
@@ -125,10 +135,26 @@ def flops_forward(config: Config, length: int, *, causal: bool = True) -> int:
     c = config
     if isinstance(c, LSTMConfig):
         return 2 * length * (c.layers * _lstm_weights(c) + c.vocab_size * c.width)
+    if isinstance(c, EncoderDecoderConfig):
+        return _two_stacks(c, c.source_length, length - c.source_length, causal)
     weights = c.layers * _layer_weights(c) + c.vocab_size * c.width
     weights += c.width * c.width if c.head == "mlm" else 0
     pairs = _pairs(c, length) if causal else length * length
     return 2 * length * weights + 4 * c.layers * c.heads * c.head_size * pairs
+
+
+def _two_stacks(c: EncoderDecoderConfig, source: int, target: int, causal: bool) -> int:
+    """Forward FLOPs of a source and a target: what reads the memory is made once of the source and
+    has a pair for each of its tokens and of the target's.
+    """
+    e, d, features = c.encoder, c.decoder, c.heads * c.head_size
+    weights = d.layers * (_layer_weights(d) + _cross_weights(c)) + c.vocab_size * c.width
+    pairs = _pairs(d, target) if causal else target * target
+    return (
+        2 * source * (e.layers * _layer_weights(e) + d.layers * _cross_weights(c))
+        + 2 * target * weights
+        + 4 * features * (e.layers * source**2 + d.layers * (pairs + target * source))
+    )
 
 
 def _pairs(c: TransformerConfig, length: int) -> int:
@@ -174,6 +200,20 @@ def _layer_vectors(c: TransformerConfig) -> int:
     if c.bias == "all":
         entries += 2 * c.width + c.mlp_size * (2 if c.gated else 1)
     return entries
+
+
+def _cross_weights(c: EncoderDecoderConfig) -> int:
+    """Entries of the matrices of one layer on either side of the look into the source: queries and
+    out, or keys and values.
+    """
+    return 2 * c.width * c.heads * c.head_size
+
+
+def _top(c: TransformerConfig) -> int:
+    """Entries of the norm of the final states, or of a post-norm model's embedding, and of the bias
+    by distance.
+    """
+    return _norm(c) + (BUCKETS * c.heads if c.positions == "relative" else 0)
 
 
 def _norm(c: TransformerConfig) -> int:

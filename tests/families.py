@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from lm.models import TransformerConfig, abstract
+from lm.models import EncoderDecoderConfig, TransformerConfig, abstract
 
 SHAPE = {"vocab_size": 29, "layers": 2, "width": 24, "heads": 4, "kv_heads": 4, "mlp_size": 40}
 BIASED = {"norm": "layer", "bias": "all", "norm_epsilon": 1e-5}
@@ -41,6 +41,24 @@ FAMILIES = {
     "relative": {"positions": "relative", "activation": "relu", "head_width": 5},
     "relu": {**LEARNED, "activation": "relu", "norm": "layer", "direction": "both", "window": 2},
 }
+
+PAIR = {"vocab_size": 29, "layers": 2, "width": 24, "heads": 4, "mlp_size": 40, "source_length": 6}
+PAIRS = {
+    "t5": {"positions": "relative", "activation": "relu", "head": "tied_scaled", "head_width": 5},
+    "t5 1.1": {
+        "positions": "relative",
+        "activation": "geglu",
+        "head": "untied",
+        "decoder_layers": 1,
+        "base_width": 8,
+    },
+    "plain": {},
+    "layered": {**LEARNED, "activation": "gelu", "norm": "layer", "decoder_layers": 3},
+}
+
+
+def pair(name, **more):
+    return EncoderDecoderConfig(**(PAIR | PAIRS[name] | more))
 
 
 def family(name, **more):

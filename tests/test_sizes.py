@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, family
+from families import FAMILIES, PAIRS, family, pair
 from flax import linen as nn
 
 from lm.config import UserError
-from lm.models import Transformer, abstract
+from lm.models import abstract, build
 from lm.sizes import (
     NAMED,
     flops_forward,
@@ -30,7 +30,7 @@ CONFIGS = [
 ]
 
 
-OTHERS = [family(name) for name in FAMILIES]
+OTHERS = [family(name) for name in FAMILIES] + [pair(name) for name in PAIRS]
 TABLES = ("embed", "head", "position_embed", "type_embed")
 
 
@@ -39,7 +39,8 @@ def test_parameters_equal_the_tree(config):
     """Breaks if a weight is added to the model and not to the count, at any size."""
     tree = nn.unbox(abstract(config))
     total = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    tables = sum(tree[name].size for name in TABLES if name in tree)
+    parts = tree, tree.get("encoder", {}), tree.get("decoder", {})
+    tables = sum(part[name].size for part in parts for name in TABLES if name in part)
     counts = parameters(config)
     assert (counts.total, counts.embedding) == (total, tables)
     assert counts.non_embedding == total - tables
@@ -69,7 +70,7 @@ def test_forward_flops_equal_the_products_of_the_model(config):
     config = dataclasses.replace(config, attention="reference")
     rows, length = 2, 16
     row = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    traced = jax.make_jaxpr(lambda p, t: Transformer(config).apply({"params": p}, t, t, t))
+    traced = jax.make_jaxpr(lambda p, t: build(config).apply({"params": p}, t, t, t))
     jaxpr = traced(nn.unbox(abstract(config)), row).jaxpr
     assert products(jaxpr) == rows * flops_forward(config, length, causal=False)
 
@@ -110,6 +111,8 @@ def test_the_dial():
     assert parameters(ladder("2x16")).non_embedding == 12 * 2 * 16**2 + 5 * 16
     assert ladder("2x16", activation="swiglu").mlp_size == 42
     assert ladder("2x16", heads=4, dropout=0.1).kv_heads == 4
+    two = ladder("2x16", kind="encoder_decoder", source_length=8)
+    assert (two.layers, two.decoder.layers, two.mlp_size, two.heads) == (2, 2, 64, 1)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def visible(mask: Mask, t: Array, s: Array) -> Array:
     if mask.q_segments is not None:
         keys = mask.q_segments if mask.k_segments is None else mask.k_segments
         q, k = (
-            a.at[:, n].get(mode="fill", fill_value=0) for a, n in ((mask.q_segments, t), (keys, s))
+            jnp.asarray(a).at[:, n].get(mode="fill", fill_value=0)
+            for a, n in ((mask.q_segments, t), (keys, s))
         )
         seen &= (q[:, :, None] == k[:, None, :]) & (q != 0)[:, :, None]
     return seen

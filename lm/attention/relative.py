@@ -7,7 +7,6 @@ half of the buckets are for keys to the right.
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -39,12 +38,11 @@ def _by_length(count: int) -> np.ndarray:
 def relative_bias(table: Array, T: int, S: int, start: Array | int, both: bool) -> Array:
     """table [32, N] -> the bias [N, T, S] of keys 0.. for queries that stand at key `start`, ...
 
-    It is the same along diagonals: one column for each distance, by a product whose gradient is
-    one, and then shifted by reshaping, since the gradient of a gather would be a scatter.
+    It is the same along diagonals: one column for each distance, which is then shifted by
+    reshaping, since the gradient of a gather of T x S numbers would be a scatter.
     """
     distance = jnp.arange(T + S) - (T - 1) - start
-    chosen = jax.nn.one_hot(buckets(distance, both), BUCKETS, dtype=table.dtype)
-    line = jnp.einsum("mb,bn->nm", chosen, table)
+    line = jnp.take(table, buckets(distance, both), axis=0).T
     N, M = line.shape
     rows = jnp.broadcast_to(line[:, None], (N, T, M)).reshape(N, T * M)
     return rows[:, : T * (M - 1)].reshape(N, T, M - 1)[:, :, T - 1 :]

@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax import Array
 
 from lm.models.cache import Cache, empty_cache
-from lm.models.config import TransformerConfig
+from lm.models.config import EncoderDecoderConfig, TransformerConfig
+from lm.models.encoder_decoder import EncoderDecoder
 from lm.models.lstm import LSTM, LSTMConfig
 from lm.models.transformer import Transformer
 
@@ -21,6 +22,8 @@ __all__ = [
     "MODELS",
     "Cache",
     "Config",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "LSTMConfig",
     "Transformer",
     "TransformerConfig",
@@ -32,11 +35,16 @@ __all__ = [
     "mup_multipliers",
 ]
 
-Config = TransformerConfig | LSTMConfig
-MODELS: dict[type, Any] = {TransformerConfig: Transformer, LSTMConfig: LSTM}
+Config = TransformerConfig | LSTMConfig | EncoderDecoderConfig
+MODELS: dict[type, Any] = {
+    TransformerConfig: Transformer,
+    LSTMConfig: LSTM,
+    EncoderDecoderConfig: EncoderDecoder,
+}
 
 # Weights between two sides that both grow with the width: muP divides their learning rate by m.
-HIDDEN = {"qkv", "out", "gate", "up", "down", "transform", "input", "recurrent", "project"}
+HIDDEN = {"qkv", "out", "gate", "up", "down", "transform", "cross_q", "cross_kv", "cross_out"}
+HIDDEN |= {"input", "recurrent", "project"}
 
 
 def build(config: Config) -> Any:
@@ -46,7 +54,8 @@ def build(config: Config) -> Any:
 
 def initialise(config: Config, key: Array) -> Any:
     """Fresh parameters, boxed with their logical axes; `nn.unbox` gives plain arrays."""
-    row = jnp.zeros((1, 1), jnp.int32)
+    source = config.source_length if isinstance(config, EncoderDecoderConfig) else 0
+    row = jnp.zeros((1, source + 1), jnp.int32)
     return build(config).init(key, row, row, row)["params"]
 
 

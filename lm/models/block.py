@@ -6,13 +6,17 @@ Functions that take a `module` make its parameters; its config is a `Transformer
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
 from lm.attention import Mask, Ring, attention, rotary_attention
-from lm.attention.rotary import rotate, split_heads
+from lm.attention.relative import BUCKETS, relative_bias
+from lm.attention.rotary import rope_angles, rotate, split_heads
+from lm.config import UserError
+from lm.models.cache import Cache
 from lm.models.config import TransformerConfig
-from lm.models.layers import activate, dense, dropout, normalise, rms_norm, scale
+from lm.models.layers import activate, dense, dropout, normalise, rms_norm, scale, weight
 from lm.sharding import constrain
 
 STREAM = ("batch", "seq", None)
@@ -28,6 +32,45 @@ class View(NamedTuple):
     mask: Mask | Ring
     angles: tuple[Array, Array] | None = None
     bias: Array | None = None
+
+
+def look(module: Any, segments: Array | Ring | Mask, positions: Array, cache: Cache | None) -> View:
+    """How the tokens of a batch see each other, and what is kept of those before them."""
+    c, T = module.config, positions.shape[1]
+    angles, bias, start = None, None, None if cache is None else cache.length
+    if c.positions == "rotary":
+        angles = rope_angles(positions, c.rotated, c.rope_base, c.rope_scaling)
+    if c.positions == "relative":
+        table = weight(module, "relative", (BUCKETS, c.heads), None, "heads")
+        S = T if cache is None else cache.segments.shape[1]
+        bias = relative_bias(table, T, S, 0 if start is None else start, c.direction == "both")
+    if isinstance(segments, Ring):  # rows that several devices share
+        if c.direction != "causal" or c.window or bias is not None:
+            raise UserError(
+                "several devices share each row, which only causal attention without a window"
+                f" or a bias can; direction is {c.direction!r}, window {c.window} and positions"
+                f" {c.positions!r}, use a mesh without 'sequence'"
+            )
+        return View(segments, angles)
+    if isinstance(segments, Mask):  # of a caller for whom padding, too, sees what is real
+        return View(segments, angles, bias)
+    filled = None if cache is None else cache.segments
+    mask = Mask(c.direction == "causal", c.window or None, segments, filled, start=start)
+    return View(mask, angles, bias)
+
+
+def place(module: Any, x: Array, positions: Array) -> Array:
+    """x [B, T, D] with the learned embeddings of its positions, if the model has them."""
+    c = module.config
+    if c.positions != "learned":
+        return x
+    if x.shape[1] > c.context:
+        raise UserError(
+            f"a row of {x.shape[1]} tokens is longer than the context of {c.context};"
+            " cut it, or give the model a larger context"
+        )
+    table = weight(module, "position_embed", (c.context, c.width), None, "embed")
+    return x + jnp.take(table, positions, axis=0)
 
 
 class Block(nn.Module):

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lm.config import UserError, positive
-from lm.models.config import TransformerConfig
+from lm.models.config import EncoderDecoderConfig, TransformerConfig
 from lm.models.lstm import LSTMConfig, fresh_state
 
 
 class Cache(NamedTuple):
     """`layers`: of a Transformer keys and values, each [L, B, S, K, H]; of an LSTM h and c, each
-    [L, B, ...]. `segments` int32 [B, S]: 1 where a column is a token, 0 where it is padding or not
-    filled. `length` int32 []: columns that are filled.
+    [L, B, ...]; of an encoder-decoder keys and values of the target, then those of the source and
+    the source's segments [1, B, S], which its method `start` fills in. `segments` int32 [B, S]: 1
+    where a column is a token, 0 where it is padding or not filled. `length` int32 []: columns that
+    are filled.
     """
 
     layers: Any
@@ -38,6 +40,11 @@ def empty_cache(config: Any, batch: int, length: int) -> Cache:
 def _empty_layers(config: Any, batch: int, length: int) -> Any:
     if isinstance(config, LSTMConfig):
         return fresh_state(config, batch)
+    if isinstance(config, EncoderDecoderConfig):
+        source = config.decoder.layers, batch, 0, config.heads, config.head_size
+        crossed = jnp.zeros(source, config.dtype), jnp.zeros(source, config.dtype)
+        own = _empty_layers(config.decoder, batch, length)
+        return *own, *crossed, jnp.zeros((1, batch, 0), jnp.int32)
     c: TransformerConfig = config
     if c.direction != "causal":
         raise UserError(

@@ -1,4 +1,5 @@
-"""What a Transformer is: one frozen record, whose defaults are the model of our own studies.
+"""What a Transformer is: one frozen record, whose defaults are the model of our own studies; and
+what two of them are, an encoder and a decoder.
 
 The settings below `z_loss` are for what others trained. Each is left out of a config where it is at
 its default (`metadata={"omit": True}`), so that fingerprints from before there was a choice stay:
@@ -12,7 +13,7 @@ its default (`metadata={"omit": True}`), so that fingerprints from before there 
                    direction both, token_types 2, head mlm
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lm.attention import BACKENDS
@@ -120,6 +121,73 @@ class TransformerConfig:
         return self.width / self.base_width if self.base_width else 1.0
 
 
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """Shape and numerics of an encoder and a decoder of `layers` each; letters as above.
+
+    T5 has positions relative, activation relu and head tied_scaled; T5 1.1 activation geglu and
+    head untied.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    mlp_size: int
+    source_length: int = 0  # columns of a training row that are the source, padding included
+    decoder_layers: int = 0  # 0: as many as `layers`
+    head_width: int = 0  # H, where it is not width / heads
+    activation: Literal["swiglu", "gelu", "gelu_exact", "relu", "geglu"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    positions: Literal["rotary", "learned", "relative"] = "rotary"
+    context: int = 0  # rows of a learned table, of which the encoder and the decoder have one each
+    rope_base: float = 10_000.0
+    head: Literal["tied", "tied_scaled", "untied"] = "tied"  # scaled: logits times width**-0.5
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "auto"
+    layer_loop: Literal["scan", "unroll"] = "scan"
+    remat: Literal["none", "dots", "full"] = "none"
+    base_width: int = 0  # muP, as for a Transformer
+    loss: Literal["auto", "logits", "chunked"] = "auto"
+    z_loss: float = 0.0
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+
+    def __post_init__(self) -> None:
+        positive("source_length", self.source_length)
+        within("decoder_layers", self.decoder_layers, 0)
+        within("z_loss", self.z_loss, 0, 1)
+        _ = self.encoder, self.decoder  # refuse what a stack cannot be
+
+    @property
+    def encoder(self) -> TransformerConfig:
+        """The stack that reads the source."""
+        return self._stack(self.layers, "both")
+
+    @property
+    def decoder(self) -> TransformerConfig:
+        """The stack that writes the target; what reads the source is beside it."""
+        return self._stack(self.decoder_layers or self.layers, "causal")
+
+    @property
+    def head_size(self) -> int:
+        """H."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def width_ratio(self) -> float:
+        """m of muP; 1 when it is off."""
+        return self.width / self.base_width if self.base_width else 1.0
+
+    def _stack(self, layers: int, direction: Literal["causal", "both"]) -> TransformerConfig:
+        own = {f.name for f in fields(TransformerConfig)} - {"kind", "head", "layers"}
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in own}
+        made = {"kv_heads": self.heads, "direction": direction, "layers": layers}
+        return TransformerConfig(**(shared | made))
+
+
 def check_positions(c: TransformerConfig) -> None:
     """Refuses settings of positions that no model can have, or that nothing would read."""
     if c.positions == "learned" and not c.context:
@@ -169,6 +237,9 @@ def deviation(config: Any, name: str) -> float:
         "relative": config.width**-0.5,
         "transform": config.width**-0.5,
         "qkv": config.width**-0.5,
+        "cross_q": config.width**-0.5,
+        "cross_kv": config.width**-0.5,
+        "cross_out": (config.heads * config.head_size) ** -0.5 * branch,
         "out": (config.heads * config.head_size) ** -0.5 * branch,
         "gate": config.width**-0.5,
         "up": config.width**-0.5,

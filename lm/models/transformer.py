@@ -24,11 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from lm.attention import Mask, Ring
-from lm.attention.relative import BUCKETS, relative_bias
-from lm.attention.rotary import rope_angles
-from lm.config import UserError
-from lm.models.block import STREAM, Block, View, stack
+from lm.models.block import STREAM, Block, look, place, stack
 from lm.models.cache import Cache, fill
 from lm.models.config import TransformerConfig, deviation
 from lm.models.layers import activate, bias, dense, dropout, logits, normalise, weight
@@ -122,35 +118,11 @@ class Transformer(nn.Module):
         if cache is not None:
             cache = cache._replace(segments=fill(cache, segments))
             layers, kept = jnp.arange(c.layers), cache.layers
-        view = self.view(segments, positions, cache)
+        view = look(self, segments, positions, cache)
         (x, kept), _ = stack(c)(c, name="layers")((x, kept), keys, layers, view)
         if cache is not None:
             cache = cache._replace(layers=kept, length=cache.length + tokens.shape[1])
         return *self.leave(x, table), cache
-
-    def view(self, segments: Array | Ring | Mask, positions: Array, cache: Cache | None) -> View:
-        """How the tokens of a batch see each other, and what is kept."""
-        c, T = self.config, positions.shape[1]
-        angles, added, start = None, None, None if cache is None else cache.length
-        if c.positions == "rotary":
-            angles = rope_angles(positions, c.rotated, c.rope_base, c.rope_scaling)
-        if c.positions == "relative":
-            table = weight(self, "relative", (BUCKETS, c.heads), None, "heads")
-            S = T if cache is None else cache.segments.shape[1]
-            added = relative_bias(table, T, S, 0 if start is None else start, c.direction == "both")
-        if isinstance(segments, Ring):  # rows that several devices share
-            if c.direction != "causal" or c.window or added is not None:
-                raise UserError(
-                    "several devices share each row, which only causal attention without a window"
-                    f" or a bias can; direction is {c.direction!r}, window {c.window} and positions"
-                    f" {c.positions!r}, use a mesh without 'sequence'"
-                )
-            return View(segments, angles)
-        if isinstance(segments, Mask):  # of a caller for whom padding, too, sees what is real
-            return View(segments, angles, added)
-        filled = None if cache is None else cache.segments
-        mask = Mask(c.direction == "causal", c.window or None, segments, filled, start=start)
-        return View(mask, angles, added)
 
     def enter(self, tokens: Array, positions: Array, types: Array | None) -> tuple[Array, Array]:
         """The table [V, D] and what enters the first layer [B, T, D]."""
@@ -160,15 +132,7 @@ class Transformer(nn.Module):
         if c.token_types:
             kinds = weight(self, "type_embed", (c.token_types, D), None, "embed")
             x = x + (kinds[0] if types is None else jnp.take(kinds, types, axis=0))
-        if c.positions == "learned":
-            if tokens.shape[1] > c.context:
-                raise UserError(
-                    f"a row of {tokens.shape[1]} tokens is longer than the context of {c.context};"
-                    " cut it, or give the model a larger context"
-                )
-            places = weight(self, "position_embed", (c.context, D), None, "embed")
-            x = x + jnp.take(places, positions, axis=0)
-        x = constrain(x, STREAM)
+        x = constrain(place(self, x, positions), STREAM)
         return table, normalise(self, "embed_norm", x) if c.block == "post" else x
 
     def leave(self, x: Array, table: Array) -> tuple[Array, Top]:
