@@ -23,6 +23,7 @@ from typing import Any, Literal
 import tensorflow_datasets as tfds
 
 from lm.config import UserError
+from lm.data.prose import prose
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -35,16 +36,19 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where text comes from; `path` is a folder (taken with all below it) or a glob of files."""
+    """Where text comes from; `path` is a folder (taken with all below it) or a glob of files.
 
-    kind: Literal["python_stdlib", "folder"] = "python_stdlib"
+    `docstrings` is the English in the standard library, a document a file (`lm.data.prose`).
+    """
+
+    kind: Literal["python_stdlib", "docstrings", "folder"] = "python_stdlib"
     path: str = ""
 
     def __post_init__(self) -> None:
         if self.kind == "folder" and not self.path:
             raise UserError("path is empty; give the folder or the glob of the text files")
-        if self.kind == "python_stdlib" and self.path:
-            raise UserError(f"path is {self.path!r}; kind 'python_stdlib' takes none, remove it")
+        if self.kind != "folder" and self.path:
+            raise UserError(f"path is {self.path!r}; kind {self.kind!r} takes none, remove it")
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ def scan(source: SourceConfig) -> Corpus:
 
     Raises `UserError` when there are fewer documents than splits.
     """
-    root, places = _stdlib_files() if source.kind == "python_stdlib" else _text_files(source.path)
+    root, places = _text_files(source.path) if source.kind == "folder" else _stdlib_files()
     files: dict[str, File] = {}  # by content hash: the first by path stays
     skipped, duplicates, empty = [], 0, 0
     for place in places:
         path = place.relative_to(root).as_posix()
-        content, reason = _read(place)
+        content, reason = _read(place, source.kind)
         if reason:
             skipped.append((ascii(path)[1:-1], reason))
         elif not content.strip():
@@ -155,7 +159,7 @@ def documents(
     A `Corpus` saves reading the files again to see whether they have changed.
     """
     corpus = scan(source) if isinstance(source, SourceConfig) else source
-    cls = PythonStdlib if corpus.source.kind == "python_stdlib" else TextFolder
+    cls = TextFolder if corpus.source.kind == "folder" else PythonStdlib
     data_dir = os.path.join(cache_dir, corpus.identity[:16])
     builder = cls(corpus=corpus, data_dir=data_dir, file_format="array_record")
     tfds.disable_progress_bar()
@@ -191,13 +195,15 @@ class PythonStdlib(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self, "The Python standard library of the running interpreter.")
+        return _info(
+            self, "The Python standard library of the running interpreter, or its English."
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
         return {split: self._generate_examples(self.corpus.splits[split]) for split in SPLITS}
 
     def _generate_examples(self, files: Sequence[File]) -> Examples:
-        return _examples(files)
+        return _examples(files, self.corpus.source.kind)
 
 
 class TextFolder(tfds.core.GeneratorBasedBuilder):
@@ -217,7 +223,7 @@ class TextFolder(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(self.corpus.splits[split]) for split in SPLITS}
 
     def _generate_examples(self, files: Sequence[File]) -> Examples:
-        return _examples(files)
+        return _examples(files, self.corpus.source.kind)
 
 
 def _info(builder: tfds.core.DatasetBuilder, description: str) -> tfds.core.DatasetInfo:
@@ -230,9 +236,9 @@ def _info(builder: tfds.core.DatasetBuilder, description: str) -> tfds.core.Data
     )
 
 
-def _examples(files: Sequence[File]) -> Examples:
+def _examples(files: Sequence[File], kind: str) -> Examples:
     for file in files:
-        content = file.place.read_bytes()
+        content, _ = _read(file.place, kind)
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise UserError(f"{file.place} changed while it was read; run the same command again")
         yield file.path, {"text": content.decode(), "path": file.path}
@@ -263,7 +269,7 @@ def _text_files(path: str) -> tuple[Path, list[Path]]:
     return root, places
 
 
-def _read(place: Path) -> tuple[bytes, str]:
+def _read(place: Path, kind: str) -> tuple[bytes, str]:
     """The content, or the reason why a file is no document."""
     try:
         content = place.read_bytes()
@@ -272,11 +278,11 @@ def _read(place: Path) -> tuple[bytes, str]:
     if b"\0" in content:
         return b"", "binary"
     try:
-        content.decode()
+        text = content.decode()
         os.fspath(place).encode()
     except UnicodeError:
         return b"", "not UTF-8"
-    return content, ""
+    return prose(text).encode() if kind == "docstrings" else content, ""
 
 
 def _hash(path: str) -> int:
