@@ -32,6 +32,7 @@ VERBS = {
     "score": ("lm.eval.text:main", "BLEU, chrF and ROUGE of texts, with intervals"),
     "generate": ("lm.generate.cli:main", "go on with a text"),
     "chat": ("lm.generate.chat:main", "a conversation in the terminal"),
+    "fill": ("lm.generate.fill:main", "what a masked model would put in place of [MASK]"),
     "code": ("experiments.code:main", "complete programming problems, and run them in a jail"),
     "serve": ("lm.serve.cli:main", "serve a model by OpenAI's protocol"),
     "weights": ("lm.pretrained.show:main", "what is in a model, and write it for transformers"),

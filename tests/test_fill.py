@@ -65,7 +65,7 @@ def test_a_blank_belongs_to_the_word(loaded):
     [
         ({}, "no mask here", "the text has no [MASK]"),
         ({}, " ", "the text is empty"),
-        ({}, "far too long [MASK]", "this model reads 16"),
+        ({}, "much too long [MASK]", "this model reads 16"),
         ({"tokenizer": None}, "[MASK]", "has no tokenizer"),
         ({"mask_id": None}, "[MASK]", "without a mask token"),
         ({"config": dataclasses.replace(CONFIG, direction="causal")}, "[MASK]", "left to right"),

@@ -13,6 +13,8 @@ from lm.data import prepare as packing
 from lm.data import tokenizer
 from lm.data.loader import read_rows
 from lm.data.words import word_places, word_table
+from lm.generate.fill import fill
+from lm.pretrained import load
 from lm.rundir import read_json
 from lm.train import loop, mixture
 from lm.train.cell import build_point, cells
@@ -97,6 +99,9 @@ def test_trains_resumes_and_measures(tmp_path, text, model, train, mix, metrics)
     chance = [row[2] for key, row in rows.items() if key[6] == "masked_accuracy"]
     assert all(0.2 < float.fromhex(value) < 1 for value in chance)
     assert len(chance) == (4 if train else 0)  # of the trigram, beside each accuracy
+    if train:
+        (guesses,) = fill(load(tmp_path / "whole" / "it:1"), "the [MASK]odel reads", top=3)
+        assert len(guesses) == 3 and guesses[0].probability > 1 / 120
     assert [tiny.events(tmp_path / "cut" / "it", kind) for kind in ("replay_mismatch",)] == [[]]
 
 

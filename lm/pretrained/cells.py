@@ -22,6 +22,7 @@ from lm.pretrained.tokenizer import from_ours
 from lm.train import mixture
 from lm.train.cell import Cell
 from lm.train.checkpoint import read_manifest, sealed_steps
+from lm.train.objective import masking
 
 
 def load(text: str, dtype: str) -> Loaded:
@@ -35,6 +36,8 @@ def load(text: str, dtype: str) -> Loaded:
     params = jax.tree.map(lambda a: jax.device_put(a[index].astype(dtype)), params)
     where = mixture.folder(cell, folder.parent / "data") / "tokenizer"
     text_tokenizer = from_ours(ours.load(where)) if where.is_dir() else None
+    if text_tokenizer and cell.train.objective == "masked":
+        text_tokenizer = dataclasses.replace(text_tokenizer, mask_id=masking(cell).mask)
     return Loaded(models.build(config), params, text_tokenizer, config)
 
 
