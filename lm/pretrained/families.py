@@ -13,6 +13,8 @@ from lm.pretrained import settings
 from lm.pretrained.layouts import (
     Layout,
     columns,
+    cross_key,
+    cross_value,
     key,
     paired_key,
     paired_query,
@@ -24,11 +26,14 @@ from lm.pretrained.layouts import (
 
 
 class Row(NamedTuple):
-    """A tensor: the path of our parameter, the name in the file, and how it lies in ours."""
+    """A tensor: the path of our parameter, the name in the file, and how it lies in ours; `gated`
+    is of names that depend on whether the MLP has a gate.
+    """
 
     ours: str
     theirs: str
     layout: Layout = same
+    gated: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +185,53 @@ BERT = Family(
     older=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
 )
 
+
+def _t5(side: str, block: str) -> tuple[Row, ...]:
+    """What the encoder and the decoder have alike; `block` is where the MLP is."""
+    own, mlp = side + ".block.{}.layer.0.", side + ".block.{}.layer." + block + "."
+    return (
+        Row(f"{side}/layers/norm1", own + "layer_norm.weight"),
+        Row(f"{side}/layers/qkv", own + "SelfAttention.q.weight", query),
+        Row(f"{side}/layers/qkv", own + "SelfAttention.k.weight", key),
+        Row(f"{side}/layers/qkv", own + "SelfAttention.v.weight", value),
+        Row(f"{side}/layers/out", own + "SelfAttention.o.weight", turned),
+        Row(f"{side}/layers/norm2", mlp + "layer_norm.weight"),
+        Row(f"{side}/layers/gate", mlp + "DenseReluDense.wi_0.weight", turned),
+        Row(f"{side}/layers/up", mlp + "DenseReluDense.wi_1.weight", turned, gated=True),
+        Row(f"{side}/layers/up", mlp + "DenseReluDense.wi.weight", turned, gated=False),
+        Row(f"{side}/layers/down", mlp + "DenseReluDense.wo.weight", turned),
+        Row(f"{side}/norm", f"{side}.final_layer_norm.weight"),
+    )
+
+
+_BIAS = ".block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_CROSS = "decoder.block.{}.layer.1."
+T5 = Family(
+    "t5",
+    "T5ForConditionalGeneration",
+    settings.T5,
+    (
+        Row("embed", "shared.weight"),
+        *_t5("encoder", "1"),
+        Row("encoder/relative", "encoder" + _BIAS),
+        *_t5("decoder", "2"),
+        Row("decoder/relative", "decoder" + _BIAS),
+        Row("decoder/layers/norm_cross", _CROSS + "layer_norm.weight"),
+        Row("decoder/layers/cross_q", _CROSS + "EncDecAttention.q.weight", turned),
+        Row("decoder/layers/cross_kv", _CROSS + "EncDecAttention.k.weight", cross_key),
+        Row("decoder/layers/cross_kv", _CROSS + "EncDecAttention.v.weight", cross_value),
+        Row("decoder/layers/cross_out", _CROSS + "EncDecAttention.o.weight", turned),
+        Row("head", "lm_head.weight"),
+    ),
+    # Nothing reads the bias that the first checkpoints have between decoder and encoder.
+    spare=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    twins=(
+        ("lm_head.weight", "shared.weight"),
+        ("encoder.embed_tokens.weight", "shared.weight"),
+        ("decoder.embed_tokens.weight", "shared.weight"),
+    ),
+)
+
 # Llama's names in GGUF; of Qwen2, whose rotation is ours, queries and keys lie as they are.
 _GGUF = (
     Row("embed", "token_embd.weight"),
@@ -200,7 +252,7 @@ _GGUF = (
 )
 _UNPAIRED: dict[Layout, Layout] = {paired_query: query, paired_key: key}
 
-FAMILIES = {family.name: family for family in (GPT2, NEOX, LLAMA, MISTRAL, QWEN2, BERT)}
+FAMILIES = {family.name: family for family in (GPT2, NEOX, LLAMA, MISTRAL, QWEN2, BERT, T5)}
 GGUF = {
     "llama": dataclasses.replace(
         LLAMA, rows=_GGUF, prefix="", spare=r"rope_freqs\.weight", twins=()
@@ -217,6 +269,8 @@ GGUF = {
 # Settings that say how a model is computed or trained, and not what it computes.
 NUMERICS = {
     *("dropout", "dtype", "param_dtype", "attention", "layer_loop", "remat", "loss", "z_loss"),
+    # A number of an encoder-decoder that may be left to others, and one that is of its data.
+    *("head_width", "decoder_layers", "source_length"),
 }
 
 
@@ -225,10 +279,9 @@ def family_of(c: Any) -> Family:
     for family in FAMILIES.values():
         try:
             again = family.settings.of(c).model(c.dtype)
-        except (AttributeError, StopIteration, UserError):  # it has what the family cannot say
+        except (AttributeError, TypeError, UserError):  # it has what the family cannot say
             continue
-        # A context of 0 has no end, and a config.json must name one.
-        free = NUMERICS | (set() if c.context else {"context"})
+        free = NUMERICS if getattr(c, "context", 0) else NUMERICS | {"context"}
         names = [f.name for f in dataclasses.fields(c) if f.name not in free]
         if all(getattr(again, name) == getattr(c, name) for name in names):
             return family

@@ -11,7 +11,7 @@ from jax import Array
 
 from lm.attention import Mask
 from lm.config import UserError
-from lm.models import TransformerConfig
+from lm.models import EncoderDecoderConfig, TransformerConfig, build
 from lm.pretrained.tokenizer import TextTokenizer
 
 
@@ -51,12 +51,26 @@ class Loaded:
                 f"attention_mask has the shape {list(mask.shape)}, or others than 0 and 1; it must"
                 f" be 0 and 1 as {list(tokens.shape)}, as input_ids are"
             )
-        if decoder_input_ids is not None:
+        real = mask.astype(np.int32)
+        if not isinstance(self.config, EncoderDecoderConfig):
+            if decoder_input_ids is not None:
+                raise UserError(
+                    "decoder_input_ids are for an encoder-decoder, and this model has no encoder;"
+                    " leave them out"
+                )
+            return np.asarray(_forward(self.model, self.params, tokens, real))
+        if decoder_input_ids is None:
             raise UserError(
-                "decoder_input_ids are for an encoder-decoder, and this model has no encoder; leave"
-                " them out"
+                "decoder_input_ids are missing; an encoder-decoder needs the target so far, which"
+                " begins with the id of padding"
             )
-        return np.asarray(_forward(self.model, self.params, tokens, mask.astype(np.int32)))
+        target = self._ids("decoder_input_ids", decoder_input_ids)
+        if len(target) != len(tokens):
+            raise UserError(
+                f"decoder_input_ids have {len(target)} rows and input_ids {len(tokens)}; give a"
+                " target for each source"
+            )
+        return np.asarray(_from_source(self.config, self.params, tokens, real, target))
 
     def _ids(self, name: str, ids: Any) -> np.ndarray:
         array = np.asarray(ids)
@@ -91,3 +105,16 @@ def _forward(model: Any, params: Any, tokens: Array, real: Array) -> Array:
         segments = Mask(c.direction == "causal", c.window or None, every, real)
     y: Array = model.apply({"params": params}, tokens, segments, positions)
     return y.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _from_source(config: Any, params: Any, source: Array, real: Array, target: Array) -> Array:
+    """As rows of training are: the source, then the target."""
+    S = source.shape[1]
+    config = dataclasses.replace(config, source_length=S)
+    tokens = jnp.concatenate([source, target], axis=1)
+    segments = jnp.concatenate([real, jnp.ones_like(target)], axis=1)
+    columns = [jnp.broadcast_to(jnp.arange(a.shape[1]), a.shape) for a in (source, target)]
+    positions = jnp.concatenate(columns, axis=1)
+    y: Array = build(config).apply({"params": params}, tokens, segments, positions)
+    return y[:, S:].astype(jnp.float32)

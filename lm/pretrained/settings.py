@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from lm.config import UserError, build, within
-from lm.models import TransformerConfig
+from lm.models import EncoderDecoderConfig, TransformerConfig
 
 LARGEST = 1 << 24  # of any size: no vocabulary, width or context comes near it
 DEEPEST = 1 << 12  # layers
 
 Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu"]
-# An activation of theirs -> ours, with a gate for the one that always has one.
+# An activation of theirs -> ours; Llama's is always gated, and T5's says so.
 ACTIVATIONS = {
     **{"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu"},
     **{"gelu": "gelu_exact", "relu": "relu", "silu": "swiglu"},
 }
+GATED = {"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}
 
 
 def _is(ours: str, default: Any = dataclasses.MISSING) -> Any:
@@ -32,31 +33,38 @@ def _is(ours: str, default: Any = dataclasses.MISSING) -> Any:
 class Settings:
     """What the records of the families share: sizes are sane, and both directions."""
 
+    CONFIG: ClassVar[type[Any]] = TransformerConfig
     FIXED: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             size = getattr(self, field.name)
             if type(size) is int:
-                deep = field.metadata.get("ours") == "layers"
+                deep = "layers" in field.metadata.get("ours", "")
                 within(field.name, size, 0, DEEPEST if deep else LARGEST)
 
-    def model(self, dtype: str) -> TransformerConfig:
+    def model(self, dtype: str) -> Any:
         """The config of a model of ours, of which everything has this dtype."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        given = {f.metadata["ours"]: getattr(self, f.name) for f in fields if "ours" in f.metadata}
-        given = {name: _INWARD.get(name, _as_it_is)(value) for name, value in given.items()}
-        found = {name: value for name, value in given.items() if value is not None}
-        usual = {"kv_heads": found["heads"], "mlp_size": 4 * found["width"]}
+        given = {f: getattr(self, f.name) for f in fields if "ours" in f.metadata}
+        found = {
+            f.metadata["ours"]: SAID.get(f.name, _SAME)[0](value)
+            for f, value in given.items()
+            if value is not None
+        }
+        if self.CONFIG is TransformerConfig:
+            found = {"kv_heads": found["heads"], "mlp_size": 4 * found["width"], **found}
+        else:
+            found = {"decoder_layers": found["layers"], **found}
         dtypes = {"dtype": dtype, "param_dtype": dtype}
-        return build(TransformerConfig, {**usual, **found, **self.FIXED, **dtypes}, "config.json")
+        return build(self.CONFIG, {**found, **self.FIXED, **dtypes}, "config.json")
 
     @classmethod
-    def of(cls, c: TransformerConfig) -> Any:
+    def of(cls, c: Any) -> Any:
         """The record of a model of ours."""
         fields = [f for f in dataclasses.fields(cls) if "ours" in f.metadata]  # type: ignore[arg-type]
-        values = {f.name: (f.metadata["ours"], getattr(c, f.metadata["ours"])) for f in fields}
-        theirs = {k: _OUTWARD.get(name, _as_it_is)(v) for k, (name, v) in values.items()}
+        values = {f.name: getattr(c, f.metadata["ours"]) for f in fields}
+        theirs = {name: SAID.get(name, _SAME)[1](value) for name, value in values.items()}
         return build(cls, theirs, "config.json")  # refuses what the family cannot say
 
 
@@ -172,31 +180,71 @@ class Bert(Settings):
     tie_word_embeddings: Literal[True] = True
 
 
-# How a value of theirs becomes ours and back, where it does not stay as it is.
-_INWARD = {
-    "activation": lambda value: ACTIVATIONS[value],
-    "head": lambda tied: "tied" if tied else "untied",
-    "block": lambda parallel: "parallel" if parallel else "pre",
-    "window": lambda size: size or 0,
-}
-_OUTWARD = {
-    "activation": lambda ours: next(a for a, name in ACTIVATIONS.items() if name == ours),
-    "head": lambda head: head == "tied",
-    "block": lambda block: block == "parallel",
-    "window": lambda size: size or None,
-    "context": lambda size: size or 4096,
-}
+@dataclasses.dataclass(frozen=True)
+class T5(Settings):
+    """config.json of type t5, the first one and 1.1."""
+
+    CONFIG = EncoderDecoderConfig
+    # Of training rows, which a loaded model has none of yet: the length that T5 was trained with.
+    FIXED = {"positions": "relative", "source_length": 512}
+
+    vocab_size: int = _is("vocab_size")
+    d_model: int = _is("width")
+    d_kv: int = _is("head_width")
+    d_ff: int = _is("mlp_size")
+    num_layers: int = _is("layers")
+    num_heads: int = _is("heads")
+    num_decoder_layers: int | None = _is("decoder_layers", None)
+    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] = _is("activation", "relu")
+    layer_norm_epsilon: float = _is("norm_epsilon", 1e-6)
+    head: Literal["tied", "tied_scaled", "untied"] = _is("head", "tied_scaled")
+    relative_attention_num_buckets: Literal[32] = 32
+    relative_attention_max_distance: Literal[128] = 128
+
+    @classmethod
+    def of(cls, c: EncoderDecoderConfig) -> Any:
+        """The record of a model of ours, with what it leaves to be derived."""
+        layers = c.decoder_layers or c.layers
+        return super().of(dataclasses.replace(c, head_width=c.head_size, decoder_layers=layers))
+
+
+def _names(table: Mapping[str, str]) -> tuple[Any, Any]:
+    """Both directions of a table of names; of two that are one of ours the first is written, and a
+    name that is not in it stays, for the record to refuse.
+    """
+    back = {ours: theirs for theirs, ours in reversed([*table.items()])}
+    return lambda name: table.get(name, name), lambda name: back.get(name, name)
 
 
 def _as_it_is(value: Any) -> Any:
     return value
 
 
+_SAME = _as_it_is, _as_it_is
+_CONTEXT = _as_it_is, lambda size: size or 4096
+
+# A key whose value is said otherwise here: how theirs becomes ours, and back.
+SAID: dict[str, tuple[Any, Any]] = {
+    "activation_function": _names(ACTIVATIONS),
+    "hidden_act": _names(ACTIVATIONS),
+    "feed_forward_proj": _names(GATED),
+    "tie_word_embeddings": (lambda t: "tied" if t else "untied", lambda head: head == "tied"),
+    "use_parallel_residual": (lambda p: "parallel" if p else "pre", lambda b: b == "parallel"),
+    "sliding_window": (lambda size: size or 0, lambda size: size or None),
+    # A context of 0 has no end, and they must name one.
+    "max_position_embeddings": _CONTEXT,
+    "n_positions": _CONTEXT,
+}
+
+
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the settings of its rotation, which lie in records of several spellings,
-    among the others; raises `UserError` for a rotation that is not known.
+    """A config.json with what it says in records and in several spellings among the others: the
+    rotation, and T5's head. Raises `UserError` for a rotation that is not known.
     """
     found = dict(config)
+    tied = config.get("tie_word_embeddings") is not False
+    scaled = config.get("scale_decoder_outputs", tied)  # newer files say it apart
+    found["head"] = "tied_scaled" if tied and scaled else "tied" if tied else "untied"
     rope = {**_mapping(found, "rope_scaling"), **_mapping(found, "rope_parameters")}
     if "rope_theta" in rope:
         found |= {"rope_theta": rope["rope_theta"], "rotary_emb_base": rope["rope_theta"]}
@@ -229,6 +277,10 @@ def written(settings: Settings) -> dict[str, Any]:
     """The record as config.json has it, in the spelling that old and new readers know."""
     found = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}  # type: ignore[call-overload]
     found.pop("rope_type", None)  # the one there is
+    if isinstance(settings, T5):
+        head = found.pop("head")
+        found |= {"tie_word_embeddings": head != "untied", "is_encoder_decoder": True}
+        found |= {"scale_decoder_outputs": head == "tied_scaled", "decoder_start_token_id": 0}
     scaling = found.pop("rope_scaling", ())
     if scaling:
         pairs = dict(zip(LLAMA3, scaling, strict=True))

@@ -1,5 +1,6 @@
 """Where weights come from: a Hugging Face folder, or a GGUF file."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,9 +35,12 @@ def folder(path: Path, config: Mapping[str, Any], dtype: str) -> Source:
             f"{path}/config.json is of model_type {show(kind)}, which cannot be loaded;"
             f" {nearest(str(kind)[:40], list(FAMILIES))}"
         )
-    family = FAMILIES[kind]
+    family, entries = FAMILIES[kind], _tensors(path)
     ours = settings.read(family.settings, config).model(dtype)
-    return Source(family, ours, _tensors(path))
+    # T5 1.1 as transformers 5 writes it: tied, says the config, but its head is in the file.
+    if family.name == "t5" and ours.head == "tied" and "lm_head.weight" in entries:
+        ours = dataclasses.replace(ours, head="untied")
+    return Source(family, ours, entries)
 
 
 def _tensors(path: Path) -> dict[str, Entry]:

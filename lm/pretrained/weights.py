@@ -38,16 +38,24 @@ def slots(family: Family, config: Any) -> dict[str, Slot]:
     shapes = parameters(config)
     found: dict[str, Slot] = {}
     for row in family.rows:
-        if row.ours not in shapes:
+        part = side(config, row.ours)
+        if row.ours not in shapes or row.gated not in (None, part.gated):
             continue
         leaf = shapes[row.ours]
         deep = "{}" in row.theirs
         shape = leaf.shape[1:] if deep else leaf.shape
         # No memory is touched: one number, repeated.
-        theirs = row.layout(_hollow(shape), config).shape
+        theirs = row.layout(_hollow(shape), part).shape
         for layer in range(leaf.shape[0]) if deep else [None]:
             found[row.theirs.format(layer)] = Slot(row.ours, layer, row.layout, theirs)
     return found
+
+
+def side(config: Any, ours: str) -> Any:
+    """The config of the stack in which a parameter is; of an encoder-decoder, one of two."""
+    if not isinstance(config, models.EncoderDecoderConfig):
+        return config
+    return config.decoder if ours.startswith("decoder/") else config.encoder
 
 
 @functools.cache
@@ -74,7 +82,7 @@ def assemble(path: Path, family: Family, config: Any, entries: Mapping[str, Entr
         array = _aligned(leaf.shape, leaf.dtype)
         for name, slot in of[ours]:
             part = array if slot.layer is None else array[slot.layer]
-            view = slot.layout(part, config).array
+            view = slot.layout(part, side(config, ours)).array
             view[...] = read(named[name]).reshape(view.shape)
         _put(tree, ours, jax.device_put(array))
     return tree
@@ -89,7 +97,8 @@ def take_apart(family: Family, config: Any, params: Any) -> Iterator[tuple[str, 
     for name, slot in slots(family, config).items():
         array = np.asarray(leaves[slot.ours])
         part = array if slot.layer is None else array[slot.layer]
-        yield name, np.ascontiguousarray(slot.layout(part, config).array).reshape(slot.shape)
+        view = slot.layout(part, side(config, slot.ours)).array
+        yield name, np.ascontiguousarray(view).reshape(slot.shape)
 
 
 def canonical(
