@@ -46,6 +46,8 @@ STOPS_ALL = ("disk", "user")  # every other cell would meet the same
 QUIET = ("preempted", "killed")  # nothing was wrong with the cell
 
 POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# What JAX says in one process when another one of the same cell is gone.
+PEER = re.compile(r"\bGloo\b|coordination (service|agent)|distributed service|\bBarrier timed out")
 MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out.of.memory|\boom", re.IGNORECASE)
 
 
@@ -54,8 +56,9 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, UserError):
         return "disk" if str(error).startswith("disk full") else "user"
     # Orbax says RESOURCE_EXHAUSTED of a full disk, too; `disk_error` has looked for that.
-    memory = isinstance(error, MemoryError) or MEMORY.search(str(error))
-    return "oom" if memory else "bug"
+    if isinstance(error, MemoryError) or MEMORY.search(str(error)):
+        return "oom"
+    return "killed" if PEER.search(str(error)) else "bug"
 
 
 def kind_of_exit(code: int | None, why: str = "") -> str:

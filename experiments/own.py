@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from experiments import exits, machine
+from experiments import exits, machine, supervise
 from experiments import workdir as shared
 from experiments.display import print_columns
 from experiments.study import Study, load, with_overrides
@@ -190,6 +190,9 @@ def main(
         raise UserError(f"--workers is {workers}; it must be at least 1")
     folder = Path(workdir)
     shared.refuse_file(folder)
+    shared.ready(where)
+    if where and supervise.engine(where[0]).processes(where[1]) > 1:
+        raise UserError(f"{study.path} trains by itself, on one process; leave out processes")
     description = describe(study, plans, todo)
     shared.check_owner(folder, description)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """One cell on several processes, on one machine or on many.
 
-`python -m experiments.processes WORKDIR CELL --processes=2` starts them here and waits; under
-`srun`, or with the three variables of `join`, each process is started without `--processes` and
-finds the others. Every process has the devices of its machine, reads its own rows of each batch,
-and writes its own part of each checkpoint. The first one alone has the cell's lease and writes
-rows, events and the result; the records of the others go to a folder that is thrown away.
+`python -m experiments.processes WORKDIR --cells NAME --processes=2` starts them here and waits;
+under `srun`, or with the three variables of `join`, each process is started without `--processes`
+and finds the others. Every process has the devices of its machine, reads its own rows of each
+batch, and writes its own part of each checkpoint. The first one alone has the cell's lease and
+writes rows, events and the result; the records of the others go to a folder that is thrown away.
 
 Nobody is replaced: when one process ends or stops, the attempt ends for all, within `HEARTBEAT` +
 `GRACE` seconds, and the next attempt goes on from the last checkpoint, on as many processes as it
@@ -45,15 +45,16 @@ def main(argv: list[str]) -> int:
     """Starts the processes, or is one of them."""
     parser = argparse.ArgumentParser("experiments.processes", description=__doc__)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("cell")
+    parser.add_argument("--cells", required=True, metavar="NAME", help="the cell")
     parser.add_argument("--processes", type=int, default=0, help="how many to start here")
     args = parser.parse_args(argv)
-    own = [sys.executable, "-m", "experiments.processes", str(args.workdir), args.cell]
+    own = [sys.executable, "-m", "experiments.processes", str(args.workdir)]
+    own += ["--cells", args.cells]
     if args.processes:
         within("--processes", args.processes, 1)
         return together(own, args.processes)
     join(os.environ)
-    code = work(args.workdir, args.cell)
+    code = work(args.workdir, args.cells)
     if code in (0, exits.AGAIN):  # all of them come here, or none
         jax.distributed.shutdown()
     sys.stdout.flush()
@@ -72,6 +73,7 @@ def together(argv: Sequence[str], count: int) -> int:
     ranks = [
         subprocess.Popen(argv, env={**os.environ, **shared, INDEX: str(i)}) for i in range(count)
     ]
+    codes: list[int | None] = []
     try:
         deadline = float("inf")
         while None in (codes := [rank.poll() for rank in ranks]):
@@ -88,17 +90,21 @@ def together(argv: Sequence[str], count: int) -> int:
         for rank in ranks:
             rank.kill()  # one that is stopped would stay for ever
             rank.wait()
-    return _code([rank.returncode for rank in ranks])
+    return _code(codes)
 
 
-def _code(codes: Sequence[int]) -> int:
-    """What says most of the processes' exit codes: the user's mistake, a watchdog, a stop."""
+def _code(codes: Sequence[int | None]) -> int:
+    """What says most of the processes' exit codes (None: it had to be ended): the user's mistake, a
+    watchdog, a stop, one that was killed, one that was silent until JAX ended the others.
+    """
     for code in (exits.USER, exits.HUNG):
         if code in codes:
             return code
-    if set(codes) <= {0, exits.AGAIN}:
-        return max(codes)
-    return 1
+    if all(code in (0, exits.AGAIN) for code in codes):
+        return max(code or 0 for code in codes)
+    if -signal.SIGKILL in codes:
+        return 128 + signal.SIGKILL
+    return exits.HUNG if None in codes and -signal.SIGABRT in codes else 1
 
 
 def join(environment: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     points = points_of(study)
     goal = refine.read_goal(args.refine, args.precision, args.budget, points)
     by_cost = sorted(cells(study.name, points), key=cost.seconds, reverse=True)
-    _check_devices(by_cost)
+    _check_devices(by_cost, where)
     if args.dry_run:
         cost.show(points, by_cost, Console())
         return 0
@@ -124,7 +125,7 @@ def run(
         if goal:
 
             def more(cells: list[Cell]) -> int:
-                _check_devices(cells)
+                _check_devices(cells, where)
                 _prepare(cells, workdir / "data", console)
                 return _train(cells, workdir, workers, console)
 
@@ -140,8 +141,10 @@ def run(
 
 
 def _train(left: Sequence[Cell], workdir: Path, workers: int | None, console: Console) -> int:
-    count = workers or min(len(left), machine.processors())
-    command = shared.command(workdir, count, "experiments.worker")
+    together = supervise.together(workdir)
+    count = workers or max(1, min(len(left), machine.processors() // together))
+    module = "experiments.processes" if together > 1 else "experiments.worker"
+    command = shared.command(workdir, count * together, module)
     code = shared.work(left, workdir, count, command, console)
     if not code:
         _print_compiling(left, workdir, console)
@@ -166,17 +169,25 @@ def _point(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Point:
         raise UserError(f"point {overrides['name']}: {error}") from error
 
 
-def _check_devices(todo: Sequence[Cell]) -> None:
+def _check_devices(todo: Sequence[Cell], where: shared.Where | None = None) -> None:
     """Refuses a batch that does not divide the devices before anything is written.
 
     One CPU device divides everything. Where there are more, a process of its own counts them: an
-    accelerator belongs to one process at a time, and the workers need it.
+    accelerator belongs to one process at a time, and the workers need it. Processes that carry out
+    a cell together are simulated, with the devices that each of them would have on a CPU.
     """
-    several = "device_count" in os.environ.get("XLA_FLAGS", "") or machine.accelerator()
+    flags = os.environ.get("XLA_FLAGS", "")
+    together = supervise.engine(where[0]).processes(where[1]) if where else 1
+    several = "device_count" in flags or machine.accelerator() or together > 1
     if several or any(c.train.replica_devices > 1 for c in todo):
         command = [sys.executable, "-m", "experiments.worker", "--check"]
+        environment = dict(os.environ)
+        if together > 1 and not machine.accelerator():
+            each = re.search(r"device_count=(\d+)", flags)
+            count = together * int(each.group(1) if each else 1)
+            environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
         cells = json.dumps([to_dict(c) for c in todo])
-        done = subprocess.run(command, input=cells, capture_output=True, text=True)
+        done = subprocess.run(command, input=cells, capture_output=True, text=True, env=environment)
         if done.returncode == 2:
             raise UserError(done.stderr.splitlines()[-1])
 

@@ -70,19 +70,22 @@ class Crew:
         self.place = there["where"]
         self.engine = engine(self.place)
         self.settings = build(self.engine.Settings, there["settings"], "where")
+        self.together = self.engine.processes(self.settings)
+        self.pooled = self.place == "local" and self.together == 1  # any worker takes any cell
+        self.workers = workers
         self.left = dict.fromkeys(cells)  # in order
         self.given_up: set[str] = set()
         self.stopped = False
         self._strikes: dict[str, tuple[int, Counter[str]]] = {}
         self._watch = lease.Watch()
         self._over = time.monotonic()  # when there was last something to do
-        if self.place == "local":
+        if self.pooled:
             slots = [Slot(f"worker-{n}", None) for n in range(workers)]
         else:
             slots = [Slot(name, (name,)) for name in cells]
         self.slots = {slot.name: slot for slot in slots}
         self._adopt(there["commands"])
-        if self.place == "local" and self.live():
+        if self.pooled and self.live():
             busy = [slot for slot in self.slots.values() if slot.id]
             free = [slot for slot in self.slots.values() if not slot.id]
             self.slots = {s.name: s for s in [*busy, *free[: max(0, workers - len(busy))]]}
@@ -120,7 +123,7 @@ class Crew:
         known = {name: c for name, c in commands.items() if c["id"]}
         states = self.engine.status([c["id"] for c in known.values()], self.settings)
         for (name, there), state in zip(known.items(), states, strict=True):
-            slot = self.slots.get(name) or Slot(name, None if self.place == "local" else (name,))
+            slot = self.slots.get(name) or Slot(name, None if self.pooled else (name,))
             slot.attempts = there["attempts"]
             if state.state in LIVE:
                 slot.id, slot.tag = there["id"], there["tag"]
@@ -132,6 +135,8 @@ class Crew:
         """Starts a command in every idle slot that has something to do."""
         slots = [self.slots[name] for name in self.slots if name in self.idle]
         slots = [s for s in slots if todo and (s.cells is None or todo & {*s.cells})]
+        if self.place == "local":  # elsewhere a scheduler decides how many run
+            slots = slots[: max(0, self.workers - len(self.live()))]
         if not slots:
             return
         commands = []
@@ -149,13 +154,18 @@ class Crew:
         argv, log = self.command.argv, self.command.log
         if slot.cells is not None:
             argv, log = (*argv, "--cells", *slot.cells), log.with_name(f"{slot.name}.log")
+            if self.together > 1 and self.place == "local":
+                argv = (*argv, f"--processes={self.together}")
         elif self.given_up:  # the others alone
             argv = (*argv, "--cells", ",".join(n for n in self.left if n in todo))
         text = f"{self.workdir.absolute()} {slot.tag}"
         words = re.sub(r"[^a-z0-9]+", "-", slot.name.lower())[:30].strip("-")
         name = f"onset-{words}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         env = {**self.command.env, lease.COMMAND: slot.tag}
-        return dataclasses.replace(self.command, argv=argv, log=log, env=env, name=name)
+        processes = 1 if self.place == "local" else self.together
+        return dataclasses.replace(
+            self.command, argv=argv, log=log, env=env, name=name, processes=processes
+        )
 
     def _write(self) -> None:
         begun = [slot for slot in self.slots.values() if slot.attempts]
@@ -166,7 +176,8 @@ class Crew:
     def _ended(self, slot: Slot, state: Status) -> None:
         slot.id = ""
         blamed = False
-        names = self.left if slot.cells is None else [n for n in slot.cells if n in self.left]
+        own = self.left if slot.cells is None else [n for n in slot.cells if n in self.left]
+        names = [n for n in own if not (self.workdir / n / "result.json").exists()]
         for name in names:
             kind = self._end_of(name, slot, state)
             if kind in exits.RULES:
@@ -175,7 +186,7 @@ class Crew:
         # It ended before it had taken a cell, or somebody has taken the cell over since, or, where
         # each cell has its own command, it found the cell in other hands.
         if names and not blamed and (state.state != "done" or slot.cells is not None):
-            name = "" if slot.cells is None else next(iter(names))
+            name = "" if slot.cells is None else names[0]
             self._strike(name, exits.kind_of_exit(state.code, state.why), state)
         if state.state == "done" and slot.cells is None:
             return  # what is left is in other hands
@@ -239,6 +250,13 @@ def launched(workdir: Path) -> dict[str, Any]:
         # What works for the original of a copy does nothing for the copy.
         return there if there.get("of") == _identity(workdir) else there | {"commands": {}}
     return nothing
+
+
+def together(workdir: Path) -> int:
+    """How many processes carry out one cell, where the workdir's cells are carried out."""
+    there = launched(workdir)
+    chosen = engine(there["where"])
+    return int(chosen.processes(build(chosen.Settings, there["settings"], "where")))
 
 
 def _identity(workdir: Path) -> str:

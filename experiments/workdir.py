@@ -167,8 +167,8 @@ def work(
 
 
 def command(workdir: Path, workers: int, module: str, *args: str) -> Command:
-    """`python -m MODULE WORKDIR ARGS`, a worker's command. NPROC sets XLA's thread pool, and with
-    it the order of sums: it is pinned at the first run.
+    """`python -m MODULE WORKDIR ARGS`, the command of a worker, one of `workers` processes. NPROC
+    sets XLA's thread pool, and with it the order of sums: it is pinned at the first run.
     """
     pins = workdir / "pins.json"
     if not pins.exists():

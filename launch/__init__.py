@@ -4,6 +4,7 @@ An engine is a module with one contract, so that the runner needs to know only i
 
     Settings                                    frozen, what the user may say (`--where.KEY=VALUE`)
     ready(settings) -> None                     UserError if nothing can be submitted from here
+    processes(settings) -> int                  how many carry out one cell together
     submit(commands, settings) -> ids           starts every command
     status(ids, settings) -> [Status]           without waiting
     cancel(ids, settings, grace) -> None        asks each to stop, ends those that do not

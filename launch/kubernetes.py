@@ -12,9 +12,10 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from launch import Command, Status, cluster
+from launch import Command, Status, cluster, manifest
 from launch.manifest import FINAL, INSTANCE, Settings, manifests
 from lm.config import UserError
 
@@ -40,6 +41,11 @@ def render(commands: Sequence[Command], settings: Settings) -> str:
 def ready(settings: Settings) -> None:
     """Raises UserError without the official client, or where no cluster is configured."""
     cluster.Calls(settings)
+
+
+def processes(settings: Settings) -> int:
+    """How many carry out one cell together, each on a host of its own."""
+    return manifest.hosts(Command((), Path(), processes=settings.processes or 1), settings)
 
 
 def submit(commands: Sequence[Command], settings: Settings) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import Command, Status
+from lm.config import within
 
 # A shell with handlers outlives the signal that its session gets: the command decides what that is,
 # and the shell stays to write down how it ended. The handlers come after the command has begun: a
@@ -35,11 +36,21 @@ POLL = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """This machine needs to be told nothing: `--workers` says how many processes."""
+    """How many processes carry out one cell; `--workers` says how many cells at a time."""
+
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        within("processes", self.processes, 1, 1024)
 
 
 def ready(settings: Settings) -> None:
     """A machine can always start processes."""
+
+
+def processes(settings: Settings) -> int:
+    """How many processes carry out one cell together."""
+    return settings.processes
 
 
 def submit(commands: Sequence[Command], settings: Settings | None = None) -> list[str]:

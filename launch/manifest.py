@@ -80,8 +80,9 @@ class Settings:
     workdir and the path it has both here and in the pods; the rest has a default.
 
     `accelerator` is `cpu`, `gpu:N` (N on each host) or a TPU slice such as `v5e:4x4`, `slices` how
-    many of those; `grace` seconds are left to a worker for its last checkpoint, `hours` (0: no
-    limit) to a job, and `keep_hours` to what has ended. `nodes` selects nodes by their labels.
+    many of those; `processes` hosts carry out one cell (0: those of the slices, or one); `grace`
+    seconds are left to a worker for its last checkpoint, `hours` (0: no limit) to a job, and
+    `keep_hours` to what has ended. `nodes` selects nodes by their labels.
     """
 
     image: str
@@ -92,6 +93,7 @@ class Settings:
     context: str = ""
     accelerator: str = "cpu"
     slices: int = 1
+    processes: int = 0
     queue: str = ""
     cpu: str = "4"
     memory: str = "16Gi"
@@ -110,11 +112,14 @@ class Settings:
         positive("slices", self.slices)
         within("retries", self.retries, 0, 1000)
         within("grace", self.grace, 1, 3600)
-        within("hours", self.hours, 0, 24 * 365)
-        within("keep_hours", self.keep_hours, 0, 24 * 365)
+        for name in ("hours", "keep_hours"):
+            within(name, getattr(self, name), 0, 24 * 365)
         shape = _shape(self.accelerator)
         if self.slices > 1 and not shape.topology:
             raise UserError(f"slices is {self.slices}; {self.accelerator} has none, so leave it 1")
+        within("processes", self.processes, 0)
+        if shape.hosts and self.processes not in (0, total := shape.hosts * self.slices):
+            raise UserError(f"processes is {self.processes}; the slices have {total} hosts")
 
 
 class _Shape(NamedTuple):
@@ -192,8 +197,7 @@ def object_name(command: Command) -> str:
 
 def hosts(command: Command, settings: Settings) -> int:
     """How many hosts carry out a command together."""
-    shape = _shape(settings.accelerator)
-    return shape.hosts * settings.slices if shape.topology else command.processes
+    return _shape(settings.accelerator).hosts * settings.slices or command.processes
 
 
 def _check(command: Command, settings: Settings) -> None:
@@ -218,8 +222,7 @@ def _check(command: Command, settings: Settings) -> None:
             " mounted; put the workdir there, or change mount"
         )
     positive("processes", command.processes)
-    total = hosts(command, settings)
-    if command.processes not in (1, total):
+    if command.processes not in (1, total := hosts(command, settings)):
         raise UserError(
             f"{command.name} has {command.processes} processes, but {settings.slices} x"
             f" {settings.accelerator} has {total} hosts; make them equal"
@@ -240,11 +243,9 @@ def _shape(accelerator: str) -> _Shape:
         raise UserError(f"accelerator is {accelerator[:80]!r}; {known} (cpu, gpu:8, v5e:4x4)")
     label, topologies = TPUS[name]
     if size not in topologies:
-        raise UserError(
-            f"accelerator is {accelerator[:80]!r}; {nearest(size[:80], list(topologies))}"
-        )
-    chips = topologies[size]
-    count = math.prod(map(int, size.split("x"))) // chips
+        known = nearest(size[:80], [*topologies])
+        raise UserError(f"accelerator is {accelerator[:80]!r}; {known}")
+    count = math.prod(map(int, size.split("x"))) // (chips := topologies[size])
     return _Shape("google.com/tpu", chips, label, size, count)
 
 

@@ -68,6 +68,11 @@ def ready(settings: Settings) -> None:
             raise _missing(program)
 
 
+def processes(settings: Settings) -> int:
+    """How many processes carry out one cell together."""
+    return settings.processes or settings.nodes
+
+
 def submit(commands: Sequence[Command], settings: Settings) -> list[str]:
     """Submits every command as a task of an array, in arrays as large as the cluster takes; the ids
     in the order of `commands`. Raises UserError, with nothing left in the queue, if one is refused.

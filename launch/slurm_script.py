@@ -36,6 +36,7 @@ class Settings:
     cpus: int = 1  # of each process
     gpus: int = 0  # of each node
     nodes: int = 1
+    processes: int = 0  # that carry out one cell together; 0: one on each node
     at_once: int = 0  # commands that run at the same time; 0: as many as fit
     requeues: int = 1000  # how often a job is put back without being submitted anew
     setup: str = ""  # a shell file that is read before the command, such as one that loads modules
@@ -51,6 +52,9 @@ class Settings:
         within("lead", self.lead, 1, 65535)  # sbatch keeps it in 16 bits
         within("cpus", self.cpus, 1)
         within("nodes", self.nodes, 1)
+        within("processes", self.processes, 0)
+        if self.processes:
+            divides("nodes", self.nodes, "processes", self.processes)
         # The warning may come up to a minute early: a shorter job would be told when it begins.
         if self.time and self.time * 60 <= self.lead + 60:
             raise UserError(

@@ -29,8 +29,8 @@ def start(workdir: Path, processes: int) -> subprocess.Popen[str]:
     """The cell on so many processes, of one device each."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "experiments.processes", str(workdir), CELL),
-            f"--processes={processes}",
+            *(sys.executable, "-m", "experiments.processes", str(workdir)),
+            *("--cells", CELL, f"--processes={processes}"),
         ],
         cwd=tiny.ROOT,
         env=tiny.environment(),
@@ -136,7 +136,9 @@ def test_an_attempt_ends_with_what_matters_most():
     """Fails if a refusal is tried again, or a crash is taken for a polite end."""
     assert _code([0, 0]) == 0 and _code([75, 75]) == 75
     assert _code([1, 2, -9]) == 2 and _code([70, -6]) == 70
-    assert _code([0, -9]) == _code([75, 1]) == _code([-6, -6]) == 1
+    assert _code([0, -9]) == _code([None, -9]) == _code([1, -9]) == 137  # it was killed
+    assert _code([-6, None]) == 70  # it was stopped
+    assert _code([75, 1]) == _code([-6, -6]) == _code([None, 1]) == 1
 
 
 @pytest.mark.slow
@@ -169,7 +171,7 @@ def test_all_end_when_one_does_and_the_next_attempt_goes_on(finished, tmp_path, 
     until_a_checkpoint(workdir, process)
     os.kill(ranks(process.pid)[rank], number)
     tick = time.monotonic()
-    finish(process, 1, 60)
+    finish(process, 137 if number == signal.SIGKILL else 70, 60)
     assert time.monotonic() - tick < 40
     if not (workdir / CELL / "result.json").exists():
         if rank:

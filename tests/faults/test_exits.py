@@ -153,6 +153,7 @@ def test_an_exit_code_has_a_class(code, why, kind):
         (UserError("disk full: 3 bytes are left"), "disk"),
         (UserError("no such task"), "user"),
         (KeyError("x"), "bug"),
+        (RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), "killed"),
     ],
 )
 def test_an_exception_has_a_class(error, kind):
