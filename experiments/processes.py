@@ -37,6 +37,7 @@ from lm.train.loop import Interrupted, train
 
 HEARTBEAT = 10  # seconds of silence after which JAX ends every process of the attempt
 GRACE = 5.0  # seconds that the others have to end by themselves when one has
+MEET = 120  # seconds for all processes to begin
 COORDINATOR, COUNT, INDEX = "ONSET_COORDINATOR", "ONSET_PROCESSES", "ONSET_PROCESS"
 PARENT = "ONSET_PROCESSES_PARENT"
 
@@ -81,8 +82,10 @@ def together(argv: Sequence[str], count: int) -> int:
                 wish = asked.pop()
                 for rank in ranks:
                     rank.send_signal(wish)
-            if any(codes):
-                deadline = min(deadline, time.monotonic() + GRACE)
+            # Those that end well have met in a barrier; one that leaves alone is as good as dead.
+            if any(code is not None for code in codes):
+                grace = GRACE if any(codes) else HEARTBEAT + GRACE
+                deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -131,13 +134,46 @@ def join(environment: Mapping[str, str]) -> None:
         ) from None
     within(COUNT, count, 1)
     within(INDEX, index, 0, count - 1)
+    where = _meeting(given[COORDINATOR], index == 0)
     jax.distributed.initialize(
-        given[COORDINATOR],
+        where,
         num_processes=count,
         process_id=index,
         heartbeat_timeout_seconds=HEARTBEAT,
-        initialization_timeout=120,
+        initialization_timeout=MEET,
     )
+
+
+def _meeting(where: str, first: bool) -> str:
+    """Where the processes meet, once it can be: JAX itself would end the process, or wait, without
+    saying what is wrong. Raises UserError where it is no place; SystemExit where it is taken, so
+    that the next attempt tries another.
+    """
+    host, _, port = where.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{COORDINATOR} is {where!r}; it must be HOST:PORT")
+    deadline = time.monotonic() + MEET
+    while True:  # the name of a pod is known a moment after the pod
+        try:
+            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            break
+        except (OSError, UnicodeError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{COORDINATOR} {where} cannot be found ({error})") from None
+            time.sleep(0.5)
+    if first:
+        family, kind, *_ = found[0]
+        with contextlib.closing(socket.socket(family, kind)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("", int(port)))
+            except OSError as error:
+                print(
+                    f"port {port} is taken ({error}); the next attempt takes another",
+                    file=sys.stderr,
+                )
+                raise SystemExit(1) from None
+    return where
 
 
 def work(workdir: Path, name: str) -> int:
