@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.display import print_columns
+from lm.config import UserError
 from lm.models import LSTMConfig
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import Cell, Point
@@ -37,13 +38,30 @@ def memory(cell: Cell) -> int:
     activations in float32.
     """
     m, rows, length = cell.model, cell.data.rows, cell.data.length
-    state = 4 * parameters(m).total * (3 * len(cell.replicas) + 1)
+    state = state_memory(cell)
     if isinstance(m, LSTMConfig):
         per_layer = 2 * m.width + 12 * m.memory
     else:
         per_layer = 8 * m.width + 2 * m.mlp_size + 2 * m.heads * length
     activations = 4 * rows * length * (m.layers * per_layer + 4 * m.vocab_size)
     return state + activations
+
+
+def state_memory(cell: Cell) -> int:
+    """Bytes of what must be there whatever else is: the part of `memory` that is exact."""
+    return 4 * parameters(cell.model).total * (3 * len(cell.replicas) + 1)
+
+
+def check_memory(cells: Sequence[Cell], there: float) -> None:
+    """Refuses a cell whose state alone is larger than the machine, in bytes."""
+    for cell in cells:
+        if (need := state_memory(cell)) > there:
+            total, count = parameters(cell.model).total, len(cell.replicas)
+            raise UserError(
+                f"cell {cell.name} needs {need / 2**30:,.0f} GiB for {total:,} parameters of"
+                f" {count} replicas, gradient and moments; this machine has {there / 2**30:,.0f};"
+                " take a smaller size or fewer seeds, or see what accelerators would need (lm plan)"
+            )
 
 
 def show(points: Sequence[Point], cells: Sequence[Cell], console: Console) -> None:

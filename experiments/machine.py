@@ -10,6 +10,13 @@ def accelerator() -> bool:
     return any(importlib.util.find_spec(name) for name in plugins)
 
 
+def memory() -> float:
+    """Bytes of this machine; no bound with an accelerator, whose memory is not asked for here."""
+    if accelerator():
+        return float("inf")
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def processors() -> int:
     """Workers that fit this machine: one with an accelerator, else one per processor we may use."""
     if accelerator():

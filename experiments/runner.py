@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,13 +24,16 @@ from rich.console import Console
 from experiments import cost, machine, own, refine, supervise
 from experiments import workdir as shared
 from experiments.study import Study, load, overridden, split_overrides
-from lm.config import UserError, fingerprint, to_dict
+from lm.config import UserError, build, fingerprint, to_dict
 from lm.rundir import lock, read_json, read_lines
 from lm.sizes import flops_per_sequence, parameters
 from lm.train import mixture
 from lm.train.cell import Cell, Point, build_point, cells
 from lm.train.checkpoint import disk_error
 
+# The parts of a point but its model, whose size has to be looked up.
+HINTS = typing.get_type_hints(Point)
+PARTS = {key: HINTS[key] for key in ("optim", "data", "train", "eval", "seeds")}
 EXAMPLE = """any setting of the study can be changed:
   --config.KEY=VALUE     such as --config.train.tokens=5e6, --config.seeds.replicas=5
 
@@ -83,6 +87,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--workdir is missing; say where the run shall live, such as --workdir=runs/desk"
         )
+    if args.where == "local":
+        cost.check_memory(by_cost, machine.memory())
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
     return run(study, points, by_cost, Path(args.workdir), args.workers, goal, where)
@@ -156,14 +162,21 @@ def points_of(study: Study) -> list[Point]:
     own (`points` has read them). Raises UserError naming the point.
     """
     config = study.config.to_dict()
-    return [_point(config, overrides) for overrides in study.points]
+    read: dict[str, Any] = {}
+    return [_point(config, overrides, read) for overrides in study.points]
 
 
-def _point(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Point:
+def _point(config: Mapping[str, Any], overrides: Mapping[str, Any], read: dict[str, Any]) -> Point:
+    """One point; groups that it does not change are read once, since there may be 10,000 points."""
     settings = overridden(config, overrides)
     groups = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
     named = {"name": overrides["name"], "role": overrides.get("role", "ladder")}
     try:
+        for key in PARTS.keys() & groups.keys():
+            if groups[key] is config[key]:
+                if key not in read:
+                    read[key] = build(PARTS[key], groups[key], f"config.{key}")
+                groups[key] = read[key]
         return build_point({**groups, **named}, "config")
     except UserError as error:
         raise UserError(f"point {overrides['name']}: {error}") from error

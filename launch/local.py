@@ -38,7 +38,7 @@ POLL = 0.05
 class Settings:
     """How many processes carry out one cell; `--workers` says how many cells at a time."""
 
-    processes: int = 1
+    processes: int = dataclasses.field(default=1, metadata={"omit": True})
 
     def __post_init__(self) -> None:
         within("processes", self.processes, 1, 1024)

@@ -93,7 +93,7 @@ class Settings:
     context: str = ""
     accelerator: str = "cpu"
     slices: int = 1
-    processes: int = 0
+    processes: int = dataclasses.field(default=0, metadata={"omit": True})
     queue: str = ""
     cpu: str = "4"
     memory: str = "16Gi"

@@ -36,7 +36,8 @@ class Settings:
     cpus: int = 1  # of each process
     gpus: int = 0  # of each node
     nodes: int = 1
-    processes: int = 0  # that carry out one cell together; 0: one on each node
+    # That carry out one cell together; 0: one on each node.
+    processes: int = dataclasses.field(default=0, metadata={"omit": True})
     at_once: int = 0  # commands that run at the same time; 0: as many as fit
     requeues: int = 1000  # how often a job is put back without being submitted anew
     setup: str = ""  # a shell file that is read before the command, such as one that loads modules

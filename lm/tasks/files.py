@@ -143,6 +143,8 @@ def _records(path: Path) -> list[tuple[str, str]]:
         question, target = (_get(record, key, str, where) for key in ("input", "target"))
         if not target:
             raise UserError(f"{where}: target is empty; give the answer, or leave the record out")
+        if re.search("[\ud800-\udfff]", question + target):
+            raise UserError(f"{where} has half a surrogate pair, which is no text; repair it")
         found.append((question, target))
     return found
 

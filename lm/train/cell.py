@@ -282,16 +282,16 @@ def cells(study: str, points: Sequence[Point]) -> list[Cell]:
     names = [p.name for p in points]
     if len(set(names)) < len(names):
         raise UserError(f"two points are called {max(names, key=names.count)!r}; names must differ")
-    groups: dict[str, list[Point]] = {}
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    marks: dict[int, str] = {}  # parts that points share are looked at once
     for point in points:
-        same = dataclasses.replace(
-            point,
-            name="_",
-            role="ladder",
-            seeds=SeedConfig(eval=point.seeds.eval),
-            optim=dataclasses.replace(point.optim, learning_rate=1.0),
-        )
-        groups.setdefault(fingerprint(same), []).append(point)
+        same: list[Any] = [point.seeds.eval]
+        for part in (point.model, point.data, point.train, point.eval):
+            if id(part) not in marks:
+                marks[id(part)] = fingerprint(part)
+            same.append(marks[id(part)])
+        same.append(fingerprint(dataclasses.replace(point.optim, learning_rate=1.0)))
+        groups.setdefault(tuple(same), []).append(point)
     return [_cell(study, group) for group in groups.values()]
 
 

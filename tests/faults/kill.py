@@ -24,8 +24,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).parents[1:3]]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 
@@ -172,12 +174,17 @@ def run(study: Path, workdir: Path, how: str, *more: str) -> subprocess.Popen[by
         )
 
 
-def verify(workdir: Path) -> dict[str, object]:
+def verify(workdir: Path) -> dict[str, Any]:
     """What `lm verify --json` says of a workdir."""
-    command = [sys.executable, "-m", "lm.cli", "verify", str(workdir), "--json"]
+    return ask("verify", workdir)
+
+
+def ask(verb: str, workdir: Path) -> dict[str, Any]:
+    """What a verb says of a workdir."""
+    command = [sys.executable, "-m", "lm.cli", verb, str(workdir), "--json"]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
 
 
 @contextlib.contextmanager
