@@ -8,12 +8,13 @@ SOURCES := lm experiments launch notebooks tests
 PYTHON :=
 ARGS :=
 
-.PHONY: help venv demo test test-slow lint clean
+.PHONY: help venv demo test test-slow soak lint clean
 
 help:
 	@echo "make demo       runs the desk study into runs/desk and ends with its verdicts and the page"
 	@echo "make test       lint and every quick test"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make soak       a sweep under kills, stops, damage and full disks, here and on Slurm (root)"
 	@echo "make lint       ruff and mypy"
 	@echo "make venv       only installs, into $(VENV)"
 	@echo "make clean      removes $(VENV) and the caches; leaves runs/ alone"
@@ -28,6 +29,9 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+soak: $(INSTALLED)
+	$(BIN)/python tests/faults/soak.py --workdir=runs/soak $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

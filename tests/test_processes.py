@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 import tiny
 
+from experiments import supervise
 from experiments.processes import COORDINATOR, COUNT, INDEX, _code, join
+from launch import Command, Status
 from lm.config import UserError, build
 from lm.data.loader import dataset
-from lm.rundir import read_json
+from lm.rundir import read_json, write_json
 from lm.train import loop, mixture
 from lm.train.cell import Cell
 
@@ -139,6 +142,54 @@ def test_an_attempt_ends_with_what_matters_most():
     assert _code([0, -9]) == _code([None, -9]) == _code([1, -9]) == 137  # it was killed
     assert _code([-6, None]) == 70  # it was stopped
     assert _code([75, 1]) == _code([-6, -6]) == _code([None, 1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "told", "flags", "count"),
+    [
+        ("local", {}, [], 1),
+        ("local", {"processes": 2}, ["--cells", "a", "--processes=2"], 1),
+        ("slurm", {}, ["--cells", "a"], 1),
+        ("slurm", {"nodes": 2}, ["--cells", "a"], 2),
+        ("slurm", {"nodes": 2, "processes": 4}, ["--cells", "a"], 4),
+    ],
+)
+def test_every_place_starts_the_processes_that_it_is_told(tmp_path, place, told, flags, count):
+    """Fails if a setting of the place is not what its commands say, or if cells that several
+    processes carry out are more at a time than there are workers.
+    """
+    write_json(tmp_path / "launch.json", {"of": str(tmp_path), "where": place, "settings": told})
+    command = Command(("worker",), tmp_path / "logs" / "worker.log")
+    crew = supervise.Crew(["a", "b"], tmp_path, 1, command, print)
+    made: list[Command] = []
+    crew.engine = types.SimpleNamespace(
+        submit=lambda commands, settings: [made.append(c) or c.name for c in commands],
+        status=lambda ids, settings: [Status("running")] * len(ids),
+    )
+    assert crew.step() and [*made[0].argv] == ["worker", *flags] and made[0].processes == count
+    assert len(made) == (1 if place == "local" else 2)
+    assert supervise.together(tmp_path) == max(told.get("processes", 1), told.get("nodes", 1))
+
+
+def test_rows_that_the_processes_do_not_divide_are_refused(study, tmp_path, lm):
+    """Fails if a worker finds it, after the data were prepared and the processes had met."""
+    workdir = tmp_path / "run"
+    sentence = lm("run", study, f"--workdir={workdir}", "--where.processes=3").refusal
+    assert "batch 8" in sentence and "3 devices" in sentence and not workdir.exists()
+    sentence = lm("run", study, f"--workdir={workdir}", "--where.processes=0").refusal
+    assert "processes is 0" in sentence
+
+
+@pytest.mark.slow
+def test_a_study_on_two_processes(study, finished, tmp_path, lm):
+    """Fails if `lm run` starts something else than two processes a cell, or cannot end them."""
+    workdir = tmp_path / "run"
+    done = lm("run", study, f"--workdir={workdir}", "--where.processes=2", "--workers=1")
+    assert (done.code, done.err) == (0, "")
+    for name in tiny.CELLS:
+        assert read_json(workdir / name / "environment.json")[0]["devices"] == 2
+        assert tiny.rows(workdir / name).keys() == tiny.rows(finished / name).keys()
+    assert_same(workdir / CELL, on_devices(finished, tmp_path / "reference", 2))
 
 
 @pytest.mark.slow

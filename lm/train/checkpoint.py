@@ -59,6 +59,8 @@ class Checkpoints:
         self.first = jax.process_index() == 0  # the process that seals, removes and decides
         if self.first:
             for path in folder.iterdir():
+                if path.name[0] == "." and path.suffix == ".tmp":  # a manifest, half-written
+                    path.unlink()
                 ours = path.is_dir() and path.name[0].isdigit() and not path.name.endswith(BAD)
                 if ours and ("." in path.name or not self._manifest(int(path.name)).exists()):
                     shutil.rmtree(path)

@@ -196,6 +196,7 @@ def disturb(sweep: Sweep, rng: random.Random, every: float, mounted: bool) -> No
 
 def soak(args: argparse.Namespace, how: str, study: Path, wanted: dict[str, object]) -> bool:
     """One disturbed sweep; whether it came out as it must."""
+    shutil.rmtree(args.workdir / f"disk-{how}", ignore_errors=True)
     with disk(args.workdir / f"disk-{how}") as mounted:
         if not mounted:
             print("no file system can be mounted here: the disk is never full", flush=True)
@@ -240,15 +241,18 @@ def main() -> int:
     parser.add_argument("--goodput", type=float, default=GOODPUT, help="at least")
     args = parser.parse_args()
     args.workdir = args.workdir.absolute()
-    shutil.rmtree(args.workdir, ignore_errors=True)
-    study = tiny.write_study(args.workdir / "study")
-    text = study.read_text()
-    assert TWO in text
-    study.write_text(text.replace(TWO, TWELVE))
+    study = args.workdir / "study" / "tiny.py"
+    if not study.exists():
+        text = tiny.write_study(study.parent).read_text()
+        assert TWO in text
+        study.write_text(text.replace(TWO, TWELVE))
     os.environ["ONSET_LEASE"] = str(LEASE)
     began = time.monotonic()
     finished = args.workdir / "finished"
-    assert kill.run(study, finished, "local", *settings_of(args)).wait(LIMIT) == 0
+    code = kill.run(study, finished, "local", *settings_of(args)).wait(LIMIT)
+    assert code == 0, (
+        f"see {finished}.log; an earlier soak with other settings needs another folder"
+    )
     wanted = kill.verify(finished)
     useful = kill.ask("status", finished)["goodput"]
     print(f"undisturbed: {time.monotonic() - began:.0f} s, goodput {useful:.2f}", flush=True)
