@@ -91,7 +91,7 @@ def test_two_processes_give_the_bits_of_two_devices(finished, tmp_path):
     twice, or if scores and final parameters are not those of the whole.
     """
     workdir = tiny.unfinished(finished, tmp_path / "run", CELL)
-    finish(start(workdir, 2), 0, 120)
+    finish(start(workdir, 2), 0, 300)
     assert_same(workdir / CELL, on_devices(finished, tmp_path / "reference", 2))
     # One process has other sums, and nothing but the last bits of them is another.
     one, two = tiny.rows(finished / CELL), tiny.rows(workdir / CELL)
@@ -226,7 +226,7 @@ def test_all_end_when_one_does_and_the_next_attempt_goes_on(finished, tmp_path, 
     assert time.monotonic() - tick < 40
     if not (workdir / CELL / "result.json").exists():
         if rank:
-            finish(start(workdir, 2), 0, 120)
+            finish(start(workdir, 2), 0, 300)
         else:
             command = [sys.executable, "-m", "experiments.worker", str(workdir), "--cells", CELL]
             flags = tiny.environment(XLA_FLAGS="--xla_force_host_platform_device_count=2")
@@ -276,7 +276,7 @@ def test_ten_random_kills_of_two_processes(finished, tmp_path):
         process.communicate(timeout=60)
         assert ranks(process.pid) == []
         if not (workdir / CELL / "result.json").exists():
-            finish(start(workdir, 2), 0, 120)
+            finish(start(workdir, 2), 0, 300)
         resumed += bool(tiny.events(workdir / CELL, "resume"))
         assert_same(workdir / CELL, reference)
     assert resumed
