@@ -4,7 +4,9 @@ Only `UserError` may come out, soon and in little memory. The `safetensors` libr
 what is whole in its format; the `gguf` library wrote the file of the other.
 """
 
+import dataclasses
 import json
+import shutil
 import struct
 import time
 import tracemalloc
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from lm import pretrained
 from lm.config import UserError
 from lm.pretrained import gguf, safetensors, tensors
+from lm.pretrained.settings import Llama
 
 TINY = Path(__file__).parent / "pretrained" / "llama"
 SECONDS, BYTES = 2.0, 8 << 20  # of one hostile file of a few kilobytes
@@ -196,6 +199,65 @@ def test_a_spoilt_gguf_file_loads_or_not(whole, changes, tmp_path_factory):
         pretrained.load(path)
     except UserError as error:
         assert len(str(error)) < 2000
+
+
+def said(value: object) -> bytes:
+    """A value of the metadata, with its type."""
+    kinds: dict[type, tuple[int, str]] = {bool: (7, "?"), int: (11, "q"), float: (12, "d")}
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + text(value)
+    if isinstance(value, list | np.ndarray):
+        parts = [said(v.item() if isinstance(v, np.generic) else v) for v in value]
+        kind = parts[0][:4] if parts else struct.pack("<I", 4)
+        values = b"".join(part[4:] for part in parts)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(parts)) + values
+    kind, letter = kinds[type(value)]
+    return struct.pack(f"<I{letter}", kind, value)
+
+
+ODD = ("", "x", -1, 0, 3, (1 << 63) - 1, 0.5, float("nan"), -1e308, True, [], ["x"], [1, 2], [0.5])
+
+
+def test_every_key_of_another_type(whole, tmp_path):
+    """What a key holds may be anything: each of them becomes each of these."""
+    (tmp_path / "a.gguf").write_bytes(whole)
+    metadata, entries = gguf.open_gguf(tmp_path / "a.gguf")
+    start = min(entry.start for entry in entries.values())
+    described_at = min(whole.index(text(name)) for name in entries)
+    tail = whole[described_at:start].rstrip(b"\0")
+    loaded = 0
+    for key in metadata:
+        for value in ODD:
+            changed = metadata | {key: value}
+            keys = b"".join(text(name) + said(v) for name, v in changed.items())
+            head = header(tensors=len(entries), keys=len(changed), rest=keys) + tail
+            head += b"\0" * (-len(head) % 32)
+            (tmp_path / "b.gguf").write_bytes(head + whole[start:])
+            try:
+                pretrained.load(tmp_path / "b.gguf")
+                loaded += 1
+            except UserError as error:
+                assert len(str(error)) < 2000, key
+    assert 0 < loaded < len(metadata) * len(ODD)
+
+
+def test_every_key_of_a_config_of_another_type(tmp_path):
+    shutil.copytree(TINY, tmp_path / "m")
+    before = json.loads((TINY / "config.json").read_text())
+    rope = before["rope_parameters"]
+    read = {field.name for field in dataclasses.fields(Llama)} | {"model_type"}
+    loaded = 0
+    for value in (*ODD, None, {}, {"rope_type": "llama3"}, 1 << 70):
+        changes = [{key: value} for key in before if key in read]
+        changes += [{"rope_parameters": rope | {key: value}} for key in rope]
+        for change in changes:
+            (tmp_path / "m" / "config.json").write_text(json.dumps(before | change))
+            try:
+                pretrained.load(tmp_path / "m")
+                loaded += 1
+            except UserError as error:
+                assert len(str(error)) < 2000, change
+    assert loaded > 0
 
 
 def text(value: str) -> bytes:

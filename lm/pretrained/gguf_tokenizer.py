@@ -48,9 +48,9 @@ def from_metadata(path: Path, metadata: Mapping[str, Any]) -> TextTokenizer | No
     another kind, or broken.
     """
     model = metadata.get("tokenizer.ggml.model")
-    if model is None or model == "none":
+    if model is None or (isinstance(model, str) and model == "none"):
         return None
-    if model not in _KINDS:
+    if not isinstance(model, str) or model not in _KINDS:
         raise UserError(
             f"{path} has a tokenizer of kind {show(model)};"
             f" {nearest(str(model)[:40], list(_KINDS))}"
@@ -72,7 +72,8 @@ def _types(path: Path, metadata: Mapping[str, Any], count: int) -> list[int]:
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return [_NORMAL] * count
-    if not isinstance(types, np.ndarray) or len(types) != count:
+    whole = isinstance(types, np.ndarray) and types.dtype.kind in "iu"
+    if not whole or len(types) != count:
         raise UserError(f"{path} has {count:,} tokens, and not as many types; convert it again")
     return [int(t) for t in types]
 
@@ -97,7 +98,7 @@ def _byte_level(
 ) -> tokenizers.Tokenizer:
     """Byte-level BPE, merges as they stand in the file."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in CUTS:
+    if not isinstance(pre, str) or pre not in CUTS:
         raise UserError(
             f"{path} cuts words by {show(pre)}, which is not known;"
             f" {nearest(str(pre)[:40], list(CUTS))}"

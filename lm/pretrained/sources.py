@@ -88,9 +88,10 @@ def _nothing(path: Path) -> str:
 
 def gguf(path: Path, contents: Contents, dtype: str) -> Source:
     """The model of a GGUF file; raises `UserError`."""
-    metadata, entries = contents
-    arch = metadata.get("general.architecture")
-    if arch not in GGUF:
+    # A list where a number belongs is as good as nothing there.
+    metadata = {k: v for k, v in contents.metadata.items() if isinstance(v, str | int | float)}
+    arch, entries = metadata.get("general.architecture"), contents.entries
+    if not isinstance(arch, str) or arch not in GGUF:
         raise UserError(
             f"{path} is of the architecture {show(arch)}, which cannot be loaded;"
             f" {nearest(str(arch)[:40], list(GGUF))}"
@@ -101,8 +102,14 @@ def gguf(path: Path, contents: Contents, dtype: str) -> Source:
     embed = entries.get("token_embd.weight")
     record["vocab_size"] = embed.shape[0] if embed and len(embed.shape) == 2 else 0
     record["tie_word_embeddings"] = "output.weight" not in entries
-    found = settings.read(family.settings, {**record, **_rotation(path, arch, contents)})
-    config = found.model(dtype)
+    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if kind != "none":
+        raise UserError(
+            f"{path} has a rotation of type {show(kind)}; 'none' and Llama 3's can be loaded"
+        )
+    config = settings.read(family.settings, record).model(dtype)
+    if "rope_freqs.weight" in entries:
+        config = _rotated(path, config, entries["rope_freqs.weight"])
     for name in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         if metadata.get(f"{arch}.{name}", config.head_size) != config.head_size:
             raise UserError(
@@ -129,23 +136,14 @@ _KEYS = {
 _KNOWN = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
 
 
-def _rotation(path: Path, arch: str, contents: Contents) -> dict[str, Any]:
-    """The settings of the rotation beside its base."""
-    kind = contents.metadata.get(f"{arch}.rope.scaling.type", "none")
-    if kind != "none":
-        raise UserError(
-            f"{path} has a rotation of type {show(kind)}; 'none' and Llama 3's can be loaded"
-        )
-    entry = contents.entries.get("rope_freqs.weight")
-    if entry is None:
-        return {}
-    factors = read(entry).astype(np.float64)
-    base = contents.metadata.get(f"{arch}.rope.freq_base", 10_000.0)
-    frequency = float(base) ** (-np.arange(factors.size) / factors.size)
-    for scaling in _KNOWN:
-        if np.allclose(factors, _factors(frequency, scaling), rtol=1e-3):
-            rope = dict(zip(settings.LLAMA3, scaling, strict=True))
-            return {"rope_scaling": {"rope_type": "llama3", **rope}}
+def _rotated(path: Path, config: Any, entry: Entry) -> Any:
+    """The config with Llama 3's rotation, by the factors that a file has of it."""
+    frequency = config.rope_base ** (-np.arange(config.head_size // 2) / (config.head_size // 2))
+    if entry.shape == frequency.shape:
+        factors = read(entry).astype(np.float64)
+        for scaling in _KNOWN:
+            if np.allclose(factors, _factors(frequency, scaling), rtol=1e-3):
+                return dataclasses.replace(config, rope_scaling=scaling)
     raise UserError(
         f"{path} scales its rotation in a way that is not Llama 3.1's or 3.2's; it cannot be loaded"
     )
