@@ -124,6 +124,7 @@ class _Device:
 
     id: int
     platform: str = "gpu"
+    device_kind: str = "described"
     process_index: int = 0
 
 
