@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from pretrained_cases import TINY, random_model
 
 from lm import pretrained
-
-TINY = Path(__file__).parent / "pretrained" / "llama"
 
 
 def test_a_folder(lm):
@@ -27,6 +25,13 @@ def test_a_cell_of_ours(lm, finished):
     about = json.loads(lm("weights", f"{finished / '2x4'}:1", "--json").out)
     assert (about["family"], about["config"]["layers"]) == ("ours", 2)
     assert about["tokenizer"]["eos"] == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "bert"])
+def test_every_kind_of_config_is_told(lm, name, tmp_path):
+    pretrained.export(random_model(name), tmp_path / "m")
+    done = lm("weights", tmp_path / "m")
+    assert done.code == 0 and "2 layers of width 12, 3 heads" in done.out
 
 
 def test_export(lm, tmp_path):

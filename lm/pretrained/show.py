@@ -92,7 +92,8 @@ def _print(about: dict[str, Any]) -> None:
     c = about["config"]
     sizes = [f"{c['layers']} layers of width {c['width']}"]
     if "heads" in c:
-        sizes.append(f"{c['heads']} heads ({c['kv_heads']} of keys), MLP {c['mlp_size']:,}")
+        keys = f" ({c['kv_heads']} of keys)" if "kv_heads" in c else ""
+        sizes.append(f"{c['heads']} heads{keys}, MLP {c['mlp_size']:,}")
     sizes += [f"vocabulary {c['vocab_size']:,}"]
     sizes += [f"context {c['context']:,}"] if c.get("context") else []
     rest = [f"{name}={value}" for name, value in c.items() if name not in _SAID]
