@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=Path, help='score these, {"task_id", "completion"} a line'
     )
+    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     parser.add_argument("--n", type=int, default=20, help="samples of every problem (20)")
     parser.add_argument("--k", default="1,10", help="pass@k for these k (1,10)")
     parser.add_argument("--temperature", type=float, default=0.8, help="of sampling (0.8)")
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         default="namespaces",
         help="limits: also where this machine has no namespaces; its files are in reach then",
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="for one sample (10)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for one sample (20)")
     parser.add_argument("--out", type=Path, help="write every sample with its verdict here")
     parser.add_argument("--explain", action="store_true", help="say what isolation there is here")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -154,23 +155,31 @@ def _problems(checked: Sequence[Checked]) -> Iterator[tuple[str, dict[str, int]]
 def _complete(
     checkpoint: str, problems: Sequence[Problem], args: argparse.Namespace
 ) -> list[Sample]:
-    """n samples of every problem, in batches; the same seed gives the same ones."""
+    """n samples of every problem, in order; the same seed gives the same ones."""
     from lm.generate import Options, choose_sampler, generate
     from lm.generate.weights import open_checkpoint
 
     sampler = choose_sampler(args.temperature, top_p=args.top_p if args.temperature else 1.0)
     loaded = open_checkpoint(checkpoint, args.weights)
-    found = []
-    for number, problem in enumerate(problems):
-        for first in range(0, args.n, BATCH):
-            # A batch is always as large, so that one program is compiled for each length.
-            seeds = [args.seed + number * args.n + first + i for i in range(min(BATCH, args.n))]
-            options = [Options(args.tokens, code.STOPS, seed % 2**32) for seed in seeds]
-            answers = generate(loaded, [problem.prompt] * len(seeds), sampler, options)
-            texts = [answer.text for answer in answers[: args.n - first]]
-            found += [Sample(problem.task_id, text) for text in texts]
-        _say(f"{number + 1:,} of {len(problems):,} problems completed", number + 1 == len(problems))
+    rows = [problem for problem in problems for _ in range(args.n)]
+    found: list[Sample] = []
+    for first in range(0, len(rows), BATCH):
+        part = rows[first : first + BATCH]
+        seeds = [(args.seed + first + i) % 2**32 for i in range(len(part))]
+        options = [Options(args.tokens, () if args.chat else code.STOPS, s) for s in seeds]
+        prompts = [_prompt(loaded, problem, args.chat) for problem in part]
+        for problem, answer in zip(part, generate(loaded, prompts, sampler, options), strict=True):
+            text = code.from_answer(problem, answer.text) if args.chat else answer.text
+            found.append(Sample(problem.task_id, text))
+        _say(f"{len(found):,} of {len(rows):,} samples made", len(found) == len(rows))
     return found
+
+
+def _prompt(loaded: Any, problem: Problem, chat: bool) -> Any:
+    """The problem's own, or ids of a chat that asks for it."""
+    if not chat:
+        return problem.prompt
+    return loaded.tokenizer.encode_chat([{"role": "user", "content": code.question(problem)}])
 
 
 def _say(text: str, last: bool) -> None:

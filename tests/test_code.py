@@ -1,6 +1,7 @@
 """Programming problems: what passes has returned the right values, whatever else it tried."""
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import math
@@ -24,6 +25,7 @@ EASY = Path(__file__).parent / "data" / "easy.jsonl"
 WHY = sandbox.why_not("namespaces")
 jailed = pytest.mark.skipif(bool(WHY), reason=f"no namespaces: {WHY}")
 QUICK = Limits(wall_s=5.0, cpu_s=1, memory=512 << 20, processes=8)
+PATIENT = dataclasses.replace(QUICK, wall_s=60.0)  # for what has to end by itself
 DOUBLE = Problem(
     "double",
     "import math\n\ndef half(x):\n    return x / 2\n\ndef double(x):\n    '''Twice x.'''\n",
@@ -35,7 +37,7 @@ DOUBLE = Problem(
 
 
 def verdict(completion: str, problem: Problem = DOUBLE) -> str:
-    return code.check(problem, completion, QUICK).verdict
+    return code.check(problem, completion, PATIENT).verdict
 
 
 @jailed
@@ -164,7 +166,7 @@ def test_verdicts_say_what_happened():
         "    while True: print('x' * 1000)\n": ("output", "output"),
     }
     for completion, (word, why) in kinds.items():
-        found = code.check(DOUBLE, completion, QUICK)
+        found = code.check(DOUBLE, completion, PATIENT)
         assert found.verdict == word and why in found.why, found
 
 
@@ -258,6 +260,22 @@ def test_completions_end_at_the_first_stop():
     assert code.truncate("a\n#b\nclass C") == "a"
 
 
+def test_the_code_in_a_chats_answer_is_found():
+    """Whether it is the body, the function anew, in a block or not, cut off or not."""
+    whole = "def double(x):\n    return x * 2\n"
+    stub = "    pass\n\n\n"
+    for answer, wanted in {
+        f"Sure!\n```python\n{whole}```\nIt doubles.": stub + whole,
+        f"```\n{whole}": stub + whole,
+        whole: stub + whole,
+        "```python\n    return x * 2\n```": "    return x * 2\n",
+        "    return x * 2": "    return x * 2",
+        "I cannot.": "I cannot.",
+    }.items():
+        assert code.from_answer(DOUBLE, answer) == wanted
+    assert DOUBLE.prompt in code.question(DOUBLE)
+
+
 BAD = {
     "": "is empty",
     "{": "1 is not a line of JSON",
@@ -307,27 +325,34 @@ def write_samples(path: Path, problems: list[Problem], wrong: int) -> Path:
     return path
 
 
+@pytest.fixture
+def five(tmp_path) -> Path:
+    """The first five problems, compressed."""
+    path = tmp_path / "five.jsonl.gz"
+    path.write_bytes(gzip.compress(b"\n".join(EASY.read_bytes().splitlines()[:5])))
+    return path
+
+
 @jailed
-def test_the_command_scores_samples_and_keeps_their_verdicts(lm, tmp_path):
-    problems = code.read_problems(EASY)
-    samples = write_samples(tmp_path / "samples.jsonl", problems, 5)
+def test_the_command_scores_samples_and_keeps_their_verdicts(lm, tmp_path, five):
+    samples = write_samples(tmp_path / "samples.jsonl", code.read_problems(five), 2)
     done = lm(
-        "code", EASY, f"--samples={samples}", "--k=1,2", f"--out={tmp_path / 'out'}", "--json"
+        "code", five, f"--samples={samples}", "--k=1,2", f"--out={tmp_path / 'out'}", "--json"
     )
     found = json.loads(done.out)
     one, two = found["rows"]
-    assert (one["value"], two["value"], one["level"]) == (0.875, 1.0, "easy")
-    assert set(COLUMNS) >= set(one) - {"ci"} and found["verdicts"] == {"passed": 35, "failed": 5}
+    assert (one["value"], two["value"], one["level"]) == (0.8, 1.0, "five")
+    assert set(COLUMNS) >= set(one) - {"ci"} and found["verdicts"] == {"passed": 8, "failed": 2}
     assert found["problems"]["easy/0"] == {"passed": 1, "failed": 1}
     kept = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [k["passed"] for k in kept[:4]] == [True, False] * 2 and len(kept) == 40
+    assert [k["passed"] for k in kept[:4]] == [True, False] * 2 and len(kept) == 10
     # What was kept can be scored again.
-    again = lm("code", EASY, f"--samples={tmp_path / 'out'}", "--k=1")
-    assert "pass@1 = 0.875, 95 % interval 0.7" in again.out and "1 failed" in again.out
+    again = lm("code", five, f"--samples={tmp_path / 'out'}", "--k=1")
+    assert "pass@1 = 0.800, 95 % interval 0." in again.out and "1 failed" in again.out
 
 
 @jailed
-def test_the_command_completes_and_cuts_at_the_end_of_a_function(lm, monkeypatch):
+def test_the_command_completes_and_cuts_at_the_end_of_a_function(lm, monkeypatch, five):
     asked = []
 
     def generate(loaded, prompts, sampler, options):
@@ -336,13 +361,29 @@ def test_the_command_completes_and_cuts_at_the_end_of_a_function(lm, monkeypatch
 
     monkeypatch.setattr("lm.generate.generate", generate)
     monkeypatch.setattr("lm.generate.weights.open_checkpoint", lambda path, weights: path)
-    done = lm("code", "model", EASY, "--n=2", "--k=1", "--temperature=0.5", "--json")
+    done = lm("code", "model", five, "--n=2", "--k=1", "--temperature=0.5", "--json")
     found = json.loads(done.out)
-    assert found["rows"][0]["value"] == 1 / 20 and found["problems"]["easy/0"] == {"passed": 2}
-    assert len(asked) == 20 and asked[0][0] == "model"
+    assert found["rows"][0]["value"] == 1 / 5 and found["problems"]["easy/0"] == {"passed": 2}
+    assert [len(prompts) for _, prompts, _, _ in asked] == [10] and asked[0][0] == "model"
     options = [o for _, _, _, row in asked for o in row]
     assert all(o.stop == code.STOPS and o.tokens == 300 for o in options)
-    assert len({o.seed for o in options}) == 40
+    assert len({o.seed for o in options}) == 10
+
+
+@jailed
+def test_a_chat_model_is_asked_in_its_template(lm, monkeypatch, five):
+    def generate(loaded, prompts, sampler, options):
+        assert all(p.startswith("<user>Complete") for p in prompts) and options[0].stop == ()
+        return [SimpleNamespace(text="```python\ndef add_all(x): return sum(x)\n```")] * len(
+            prompts
+        )
+
+    chat = SimpleNamespace(encode_chat=lambda messages: "<user>" + messages[0]["content"])
+    loaded = SimpleNamespace(tokenizer=chat)
+    monkeypatch.setattr("lm.generate.generate", generate)
+    monkeypatch.setattr("lm.generate.weights.open_checkpoint", lambda path, weights: loaded)
+    found = json.loads(lm("code", "model", five, "--chat", "--n=1", "--k=1", "--json").out)
+    assert found["problems"]["easy/0"] == {"passed": 1} and found["rows"][0]["value"] == 1 / 5
 
 
 BAD_COMMANDS = {

@@ -148,6 +148,25 @@ def truncate(completion: str, stops: Sequence[str] = STOPS) -> str:
     return completion[: min(ends, default=len(completion))]
 
 
+def question(problem: Problem) -> str:
+    """What a chat model is asked."""
+    return (
+        f"Complete this Python function. Answer with code only.\n\n```python\n{problem.prompt}```"
+    )
+
+
+def from_answer(problem: Problem, answer: str) -> str:
+    """The completion in a chat model's answer: its first block of code, or all of it.
+
+    A block that defines the function anew comes after a prompt that is ended by `pass`.
+    """
+    block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    found = block[1] if block else answer
+    if re.search(rf"^\s*(async\s+)?def\s+{problem.entry_point}\b", found, re.MULTILINE):
+        return f"    pass\n\n\n{found}"
+    return found
+
+
 def check(
     problem: Problem,
     completion: str,

@@ -43,7 +43,7 @@ LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")
 class Limits:
     """What a run may use: seconds, bytes, counts."""
 
-    wall_s: float = 10.0
+    wall_s: float = 20.0
     cpu_s: int = 5  # of each process
     memory: int = 1 << 30  # address space of each process
     memory_total: int = 1 << 30  # resident, of all processes together
