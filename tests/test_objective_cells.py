@@ -188,3 +188,36 @@ def test_what_does_not_go_together_is_a_sentence(changes, words):
     with pytest.raises(UserError) as error:
         point(**changes)
     assert words in str(error.value)
+
+
+SEQ2SEQ = {"kind": "encoder_decoder", "source_length": 20, "activation": "gelu"}
+
+
+@pytest.mark.parametrize(
+    "objective, metrics",
+    [
+        ("span", {"span_nll", "span_accuracy"}),
+        ("seq2seq", {"nll", "bpb", "perplexity", "token_accuracy"}),
+    ],
+)
+def test_encoder_decoders_train_and_measure(tmp_path, text, objective, metrics):
+    """Breaks if spans are not cut out of the text, pairs are not read, the loss does not fall, or
+    what is held out is measured under another task.
+    """
+    (tmp_path / "pairs.tsv").write_text(
+        "".join(f"say {a}{b} now\tsaid {b}\n" for a in "abcdefgh" for b in "klmnopqr")
+    )
+    given = settings(text, SEQ2SEQ, objective=objective)
+    if objective == "seq2seq":
+        given["train"] |= {"label_smoothing": 0.1}
+        given["data"] |= {
+            "mixture": {"pairs": {"task": "pairs", "rows": 8}},
+            "pairs": {"kind": "tsv", "path": str(tmp_path / "pairs.tsv")},
+        }
+    given["seeds"]["replicas"] = 1
+    (cell,) = cells("s", [build_point(given)])
+    rows, _ = run(tmp_path, cell)
+    source = "pairs" if objective == "seq2seq" else "text"
+    assert {key[6] for key in rows if key[3] == source} == metrics
+    losses = [float.fromhex(row[0]) for key, row in sorted(rows.items()) if key[3] == "train"]
+    assert losses[-1] < losses[0] - 0.1
