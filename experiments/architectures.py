@@ -15,7 +15,7 @@ each has its own onset and text law.
 
 from ml_collections import ConfigDict
 
-SIZES = ("2x8", "2x12", "2x16", "2x32")
+SIZES = ("2x6", "2x8", "2x12", "2x16", "2x32")
 RATES = {"transformer": 8e-3, "lstm": 1e-2}
 LARGE_RATES = {"transformer": 5e-3, "lstm": 8e-3}  # at width 32
 
