@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     parser = _Parser(
         "lm eval",
         description="Measures new abilities on the kept checkpoints of a study's finished cells.",
-        epilog="example: lm eval runs/desk --tasks=hop/2,program/1 --steps=last",
+        epilog="example: lm eval runs/desk --tasks=hop/2 --steps=last (lm-eval: --harness --help)",
     )
     parser.add_argument("dir", help="the --workdir of an `lm run`")
     parser.add_argument("--tasks", required=True, help="NAME/LEVEL,...; `lm tasks` lists them")

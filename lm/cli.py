@@ -18,7 +18,7 @@ VERBS = {
     "run": ("experiments.runner:main", "carry out a study, or go on with one"),
     "plan": ("experiments.plan:main", "what a study would take on accelerators that are not here"),
     "status": ("experiments.inspect_run:status", "every cell of a run directory and how far it is"),
-    "eval": ("experiments.evaluate:main", "measure new abilities on a finished study"),
+    "eval": ("experiments.harness:main", "measure new abilities on a study or any checkpoint"),
     "explain": ("experiments.inspect_run:explain", "everything behind one point of a study"),
     "verify": ("experiments.inspect_run:verify", "check every checksum of a run directory"),
     "report": ("lm.emergence.report:main", "analyse a run directory and write its page"),
