@@ -125,4 +125,8 @@ def test_a_cache_that_cannot_be_is_a_sentence():
         empty_cache(family("bert"), 1, 4)
     with pytest.raises(UserError, match="length is 0"):
         empty_cache(family("ours"), 1, 0)
+    config, row = family("ours"), jnp.zeros((1, 5), jnp.int32)
+    with pytest.raises(UserError, match="1 rows of 5 columns do not fit a cache of 1 rows of 4"):
+        given = {"params": make_params(config)}, row, row, row, empty_cache(config, 1, 4)
+        build(config).apply(*given, method="extend")
     assert empty_cache(LSTMConfig(8, 2, 4), 3, 5).layers[0].shape == (2, 3, 4)

@@ -56,7 +56,16 @@ def _empty_layers(config: Any, batch: int, length: int) -> Any:
 
 
 def fill(cache: Cache, segments: Array) -> Array:
-    """The segments of the cache [B, S] with those of T more columns [B, T]."""
+    """The segments of the cache [B, S] with those of T more columns [B, T].
+
+    That there is room behind those that are filled, whose number is not known here, is the
+    caller's to see to.
+    """
+    (B, T), (rows, S) = segments.shape, cache.segments.shape
+    if rows != B or T > S:
+        raise UserError(
+            f"{B} rows of {T} columns do not fit a cache of {rows} rows of {S}; make one that does"
+        )
     return lax.dynamic_update_slice(
         cache.segments, segments.astype(cache.segments.dtype), (0, cache.length)
     )

@@ -19,8 +19,8 @@ N] or `position_embed`, `norm` and `layers`, which are a Transformer's, and in t
 To decode, `start` reads a source into a cache, and `extend` appends columns of the target:
 
     cache = empty_cache(config, batch, length)
-    cache = model.apply(params, source, segments, cache, method="start")
-    logits, cache = model.apply(params, tokens, segments, positions, cache, method="extend")
+    cache = model.apply({"params": p}, source, segments, cache, method="start")
+    logits, cache = model.apply({"params": p}, tokens, segments, positions, cache, method="extend")
 
 There the source has any width; `source_length` is of training rows only.
 """
