@@ -220,8 +220,8 @@ def test_words_are_cut_as_the_model_was_taught(pre):
         ({"tokenizer.ggml.tokens": []}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.tokens": np.arange(3)}, "no tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": ["ab"]}, "the merge"),
-        ({"tokenizer.ggml.merges": ["no where"]}, "cannot be read"),
-        ({"tokenizer.ggml.merges": np.arange(3)}, "cannot be read"),
+        ({"tokenizer.ggml.merges": ["no where"]}, "is broken"),
+        ({"tokenizer.ggml.merges": np.arange(3)}, "is broken"),
         ({"tokenizer.ggml.token_type": np.ones(2)}, "not as many types"),
         ({"tokenizer.ggml.bos_token_id": 10**6}, "bos_token_id 1000000; it must be below"),
         ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id '1'"),
@@ -242,6 +242,19 @@ def test_a_broken_tokenizer_json_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="download it again"):
         from_folder(tmp_path, {})
+
+
+def test_a_tokenizer_that_panics_is_refused(tmp_path):
+    """What the library only finds when a text begins, or when it reads its own file again."""
+    whole = json.loads(from_metadata(Path("x.gguf"), byte_level("gpt-2")).source())
+    sign = {"SpecialToken": {"id": "lost", "type_id": 0}}
+    begin = {"type": "TemplateProcessing", "single": [sign], "pair": [sign], "special_tokens": {}}
+    lost = [token for token in whole["model"]["vocab"] if token != "1"]
+    model = whole["model"] | {"vocab": {token: whole["model"]["vocab"][token] for token in lost}}
+    for change in ({"post_processor": begin}, {"model": model}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match="the tokenizer of .* is broken"):
+            from_folder(tmp_path, {}).encode("a 1")
 
 
 def grown(step: str, start: str = "'ab'") -> str:

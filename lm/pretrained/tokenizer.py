@@ -152,7 +152,7 @@ def from_folder(folder: Path, config: Mapping[str, Any]) -> TextTokenizer | None
         ids[role] = next((i for i in found if type(i) is int and i >= 0), None)
     begins = about.get("add_bos_token")
     if not isinstance(begins, bool):
-        begins = backend.encode("").ids[:1] == [ids["bos"]]
+        begins = guarded(path, lambda: backend.encode("").ids[:1] == [ids["bos"]])
     return wrap(backend, ids, _template(folder, about), begins)
 
 
@@ -183,10 +183,16 @@ def wrap(
         copy.encode_special_tokens = not special
         return copy
 
+    def to_ids(text: str, special: bool) -> Sequence[int]:
+        return guarded(None, lambda: reader(special).encode(text, add_special_tokens=False).ids)
+
+    def to_text(ids: list[int], special: bool) -> str:
+        return guarded(None, lambda: backend.decode(ids, skip_special_tokens=not special))
+
     return TextTokenizer(
         backend.get_vocab_size(),
-        lambda text, special: reader(special).encode(text, add_special_tokens=False).ids,
-        lambda ids, special: backend.decode(ids, skip_special_tokens=not special),
+        to_ids,
+        to_text,
         **{f"{role}_id": ids.get(role) for role in ROLES},
         begins=begins and ids.get("bos") is not None,
         # The longest first: of two that begin alike, a pattern takes the one that stands first.
@@ -209,18 +215,19 @@ def from_ours(tokenizer: ours.Tokenizer) -> TextTokenizer:
     )
 
 
-def guarded[T](path: Path, make: Callable[[], T]) -> T:
-    """What `make` makes by the `tokenizers` library, whose complaints become a `UserError`."""
+def guarded[T](path: Path | None, make: Callable[[], T]) -> T:
+    """What `make` makes by the `tokenizers` library, whose complaints become a `UserError`: of a
+    file, or of a tokenizer that was read and cannot be used.
+    """
     try:
         return make()
     # The library raises plain Exception, and its panics are not even that.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = str(error).splitlines() or [type(error).__name__]
-        raise UserError(
-            f"the tokenizer of {path} cannot be read ({text[0][:200]}); download it again"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        whose = "this model" if path is None else str(path)
+        raise UserError(f"the tokenizer of {whose} is broken ({why}); download it again") from error
 
 
 def _content(value: Any) -> str | None:
