@@ -1,10 +1,10 @@
 """How many hidden words does a small model of English restore, and is it more than counting does?
 
 Command   lm run experiments/masked.py --workdir=runs/masked
-Cost      about ten minutes of one core (--config.scale=smoke: a minute, one cell)
-Expected  masked accuracy on held-out text rises with size; 2x64 is above the trigram, whose
-          accuracy on the same masked tokens, from the same rows with the same masks, is the
-          `chance` of its rows; its pseudo-perplexity is the lowest.
+Cost      half an hour of one busy core (--config.scale=smoke: a minute, one cell)
+Expected  masked accuracy on 2,488 held-out tokens is 19 % at 2x16, 23 % at 2x32 and 25 % (standard
+          error 1) at 2x64; a trigram's, on the same masked tokens, from the same rows with the same
+          masks, is 19 % (the `chance` of those rows). Pseudo-perplexity falls from 720 to 229.
           Then: lm fill runs/masked/2x64 "Return the [MASK] of the file."
 
 The text is the prose of the standard library's docstrings, 1.1 million characters of English that
