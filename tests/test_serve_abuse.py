@@ -300,9 +300,9 @@ async def good(port: int, prompt: str, tokens: int) -> None:
 
 
 async def abuse(port: int, pid: int) -> tuple[collections.Counter, list[int]]:
-    """All hostile requests, 24 at a time; how they were met, and the memory after each tenth."""
+    """All hostile requests, 48 at a time; how they were met, and the memory after each tenth."""
     r, met, memory = random.Random(6), collections.Counter(), [resident(pid)]
-    gate = asyncio.Semaphore(24)
+    gate = asyncio.Semaphore(48)
 
     async def one(sent: bytes, wait: bool) -> None:
         async with gate:
@@ -324,7 +324,7 @@ def resident(pid: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read memory from")
 def test_a_thousand_hostile_requests():
-    with started("max_tokens=1024", "read_s=1.0") as (url, pid):
+    with started("max_tokens=1024", "read_s=2.0") as (url, pid):
         port = int(url.rsplit(":", 1)[1])
         asyncio.run(good(port, "warm", 5))
         met, memory = asyncio.run(abuse(port, pid))
