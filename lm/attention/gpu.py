@@ -64,7 +64,7 @@ def attention(q: Array, k: Array, v: Array, mask: Mask, *, scale: float) -> Arra
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _array(q: Array, k: Array, v: Array, seen: Array, causal: bool, scale: float) -> Array:
     """Attention to the keys that are seen [B, T, S], and not above the diagonal if `causal`."""
-    return _among_rows(lambda *a: _biased(*a, causal, scale))(q, k, v, seen)
+    return _among_rows(partial(_biased, causal=causal, scale=scale))(q, k, v, seen)
 
 
 def _array_forward(
@@ -77,7 +77,8 @@ def _array_backward(causal: bool, scale: float, saved: Any, dout: Array) -> tupl
     """Gradients of q, k and v; the mask has none."""
 
     def gradients(q: Array, k: Array, v: Array, seen: Array, dout: Array) -> tuple:
-        _, pull = jax.vjp(lambda *a: _biased(*a, seen, causal, scale), q, k, v)
+        f = partial(_biased, seen=seen, causal=causal, scale=scale)
+        _, pull = jax.vjp(f, q, k, v)
         return tuple(pull(dout))
 
     return *_among_rows(gradients)(*saved, dout), None
