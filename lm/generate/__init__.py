@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import UserError, within
-from lm.generate.decode import NONE, Rules, advance, start
+from lm.generate.decode import NONE, Rules, advance, encodes, fill, start
 from lm.generate.sampling import Greedy, Sampler, choose_sampler
 from lm.generate.text import Typed, add, finish
 
@@ -117,7 +117,9 @@ def _stream(
     rules = Rules(sampler, penalty, jnp.array(ends(loaded), jnp.int32))
     seeds, most = [o.seed for o in each], max(limits)
     room = -(-most // per_dispatch) * per_dispatch
-    state = start(loaded.model, loaded.params, rows, rules, seeds=seeds, tokens=room)
+    filled = fill(loaded.model, loaded.params, rows, room, begins(loaded))
+    seen = [rows[i][:0] if encodes(loaded.config) else rows[i] for i in range(len(rows))]
+    state = start(loaded.model, loaded.params, filled, rules, seen, seeds)
     typed = [Typed() for _ in rows]
     ended = [False] * len(rows)
     found = np.asarray(state.token)[:, None]
@@ -177,17 +179,28 @@ def ends(loaded: Any) -> tuple[int, ...]:
     return () if eos is None else (int(eos),)
 
 
+def begins(loaded: Any) -> int:
+    """The token with which what an encoder-decoder writes begins; T5 takes its padding."""
+    own = loaded.tokenizer
+    known = [] if own is None else [own.bos_id, own.pad_id]
+    return next((int(i) for i in known if i is not None), 0)
+
+
 def context(loaded: Any) -> int:
-    """The most tokens of a prompt with its answer; 0 where the model has no limit."""
+    """The most tokens of a prompt with its answer, or of each with an encoder-decoder; 0 where the
+    model has no limit.
+    """
     return int(getattr(loaded.config, "context", 0))
 
 
 def limit(loaded: Any, prompt: int, options: Options) -> int:
     """How many tokens an answer may have, within the context."""
     most = context(loaded) or LONGEST
-    if prompt >= most:
+    apart = encodes(loaded.config)  # the prompt takes no room from the answer
+    if prompt > most or (prompt == most and not apart):
+        both = "" if apart else " with the answer"
         raise UserError(
-            f"the prompt has {prompt:,} tokens; the model's context is {most:,} with the answer,"
+            f"the prompt has {prompt:,} tokens; the model's context is {most:,}{both},"
             " give a shorter one"
         )
-    return min(options.tokens, most - prompt)
+    return min(options.tokens, most - (1 if apart else prompt))

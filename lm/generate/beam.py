@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from lm.config import within
+from lm.generate.decode import Filled
 from lm.models.decode import extend
 
 NEVER = -1e9  # the score of what is not there
@@ -79,7 +80,7 @@ class _Step(NamedTuple):
 def beam_search(
     model: Any,
     params: Any,
-    found: tuple[Array, Any, np.ndarray],
+    filled: Filled,
     beams: Beams,
     *,
     tokens: int,
@@ -87,10 +88,9 @@ def beam_search(
 ) -> list[list[Text]]:
     """Up to `width` texts of each row, the best first.
 
-    `found` is what a prefill gives: logits [B, V], the cache with room for `tokens` more columns,
-    and the position [B] after each row's last.
+    The cache has room for `tokens` more columns.
     """
-    logits, cache, positions = found
+    logits, cache, positions = filled
     (B, V), W = logits.shape, beams.width
     count = min(max(2, 1 + len(eos)) * W, W * V)
     rows = [_Row([Text((), 0.0)] + [Text((), NEVER)] * (W - 1)) for _ in range(B)]
@@ -129,7 +129,8 @@ def _grow(
         scored = [t._replace(score=t.score / length**beams.length_penalty) for t in new]
         row.finished = sorted(row.finished + scored, key=lambda text: -text.score)[:W]
     order = np.argsort(np.where(ended, values + NEVER, values) * -1, kind="stable")[:W]
-    row.running = [texts[n] for n in order]
+    # What has ended does not go on, also where nothing else is left to run.
+    row.running = [texts[n]._replace(score=NEVER) if ended[n] else texts[n] for n in order]
     row.open = row.open and _improvable(row, beams, length, limit)
     return best.parents[order]
 

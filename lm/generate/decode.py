@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lm import models
 from lm.generate.sampling import Sampler, penalise
+from lm.models import empty_cache
 from lm.models.decode import extend
+from lm.models.int8 import dequantise
 
 PIECE = 512  # columns of a prefill's piece
 LEAST_PIECE = 16
 LENGTHS = 256  # caches are multiples of it long, so that other lengths compile nothing
 NONE = -1  # in place of a token after a row's end
-_models: Any = models
 
 
 class State(NamedTuple):
@@ -70,41 +70,72 @@ def pad_left(prompts: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, ...
     return tokens, segments, positions
 
 
+class Filled(NamedTuple):
+    """What a prefill leaves: logits [B, V] of each row's next token, the cache, and the position
+    int32 [B] of that token.
+    """
+
+    logits: Array
+    cache: Any
+    position: np.ndarray
+
+
+def encodes(config: Any) -> bool:
+    """Whether prompts are the sources of an encoder, and what is written is not their end."""
+    return getattr(config, "kind", "") == "encoder_decoder"
+
+
+def fill(
+    model: Any, params: Any, prompts: Sequence[np.ndarray], tokens: int, begin: int = 0
+) -> Filled:
+    """Reads the prompts into a cache with room for `tokens` more columns; what an encoder-decoder
+    writes begins with the token `begin`.
+    """
+    widths = pieces(max(map(len, prompts)))
+    columns = [jnp.asarray(a) for a in pad_left(prompts, sum(widths))]
+    if encodes(model.config):
+        cache = empty_cache(model.config, len(prompts), _rounded(1 + tokens))
+        cache = _encode(model, params, *columns[:2], cache)
+        first = np.full((len(prompts), 1), begin, np.int32)
+        logits, cache = prefill(model, params, first, np.ones_like(first), 0 * first, cache)
+        return Filled(logits, cache, np.ones(len(prompts), np.int32))
+    cache, at = empty_cache(model.config, len(prompts), _rounded(sum(widths) + tokens)), 0
+    for width in widths:
+        logits, cache = prefill(model, params, *(a[:, at : at + width] for a in columns), cache)
+        at += width
+    return Filled(logits, cache, np.array([len(ids) for ids in prompts], np.int32))
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTHS) * LENGTHS
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: Any, params: Any, source: Array, segments: Array, cache: Any) -> Any:
+    plain = {"params": dequantise(params)}
+    return model.apply(plain, source, segments, cache, method="start")
+
+
 def start(
     model: Any,
     params: Any,
-    prompts: Sequence[np.ndarray],
+    filled: Filled,
     rules: Rules,
-    *,
+    seen: Sequence[np.ndarray],
     seeds: Sequence[int],
-    tokens: int,
 ) -> State:
-    """Prefills a batch and draws each row's first token; the cache has room for `tokens` more."""
-    logits, cache = fill(model, params, prompts, tokens)
-    seen = np.zeros((len(prompts), 0), bool)
+    """The state with each row's first token; the tokens `seen` of each row are those to penalise
+    at once.
+    """
+    marks = np.zeros((len(seeds), 0), bool)
     if (np.asarray(rules.penalty) != 1).any():
-        seen = np.zeros(logits.shape, bool)
-        for row, ids in enumerate(prompts):
-            seen[row, ids] = True
+        marks = np.zeros(filled.logits.shape, bool)
+        for row, ids in enumerate(seen):
+            marks[row, ids] = True
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    lengths = jnp.array([len(ids) for ids in prompts], jnp.int32)
-    none = jnp.zeros(len(prompts), jnp.int32)
-    state = State(cache, none, lengths, jnp.int32(0), none > 0, jnp.asarray(seen), keys)
-    return _first(state, logits, rules)
-
-
-def fill(model: Any, params: Any, prompts: Sequence[np.ndarray], tokens: int) -> tuple[Array, Any]:
-    """Logits [B, V] after the prompts, and the cache with room for `tokens` more columns."""
-    widths = pieces(max(map(len, prompts)))
-    columns = pad_left(prompts, sum(widths))
-    length = -(-(sum(widths) + tokens) // LENGTHS) * LENGTHS
-    cache = _models.empty_cache(model.config, len(prompts), length)
-    at = 0
-    for width in widths:
-        part = (jnp.asarray(a[:, at : at + width]) for a in columns)
-        logits, cache = prefill(model, params, *part, cache)
-        at += width
-    return logits, cache
+    none, position = jnp.zeros(len(seeds), jnp.int32), jnp.asarray(filled.position)
+    state = State(filled.cache, none, position, jnp.int32(0), none > 0, jnp.asarray(marks), keys)
+    return _first(state, filled.logits, rules)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.generate import Options, encode_prompt, ends, limit
+from lm.generate import Options, begins, encode_prompt, ends, limit
 from lm.generate.beam import Beams, Text, beam_search
 from lm.generate.decode import fill
 
@@ -19,7 +19,5 @@ def search(
     """
     rows = [encode_prompt(loaded, prompt) for prompt in prompts]
     most = min(limit(loaded, len(ids), Options(tokens)) for ids in rows)
-    logits, cache = fill(loaded.model, loaded.params, rows, most)
-    positions = np.array([len(ids) for ids in rows], np.int32)
-    found = logits, cache, positions
-    return beam_search(loaded.model, loaded.params, found, beams, tokens=most, eos=ends(loaded))
+    filled = fill(loaded.model, loaded.params, rows, most, begins(loaded))
+    return beam_search(loaded.model, loaded.params, filled, beams, tokens=most, eos=ends(loaded))

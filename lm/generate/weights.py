@@ -6,12 +6,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lm import pretrained
 from lm.config import UserError, nearest
 from lm.models.int8 import quantise
+from lm.pretrained import load
 
 Weights = Literal["float32", "bfloat16", "int8"]
-_pretrained: Any = pretrained
 
 
 def open_checkpoint(path: str, weights: Weights = "float32") -> Any:
@@ -21,7 +20,7 @@ def open_checkpoint(path: str, weights: Weights = "float32") -> Any:
     """
     if weights not in get_args(Weights):
         raise UserError(f"no weights {weights!r}; {nearest(weights, get_args(Weights))}")
-    loaded = _pretrained.load(path)
+    loaded = load(path)
     if getattr(loaded.config, "direction", "causal") == "both":
         raise UserError(
             f"{path} reads a text in both directions and cannot go on with one; `lm fill` asks it"

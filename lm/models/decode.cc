@@ -19,30 +19,44 @@ namespace {
 
 using Array = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
-typedef int8_t Bytes __attribute__((vector_size(L), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * L), may_alias));
 
-// Weights of the three kinds as vectors of float32; int8 without its scale.
+// Weights of the three kinds as vectors of float32; int8 without its scale. Left to the compiler, the
+// two narrow kinds are converted lane by lane.
 INLINE F widen(const float* p) { return load<F>(p); }
+#if defined(__AVX512F__)
 INLINE F widen(const uint16_t* p) {
-  Halves x;
-  std::memcpy(&x, p, sizeof x);
-  return (F)(__builtin_convertvector(x, U) << 16);
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 INLINE F widen(const int8_t* p) {
-  Bytes x;
-  std::memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, F);
+  return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-
+INLINE float total(F x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+#if defined(__AVX2__)
+INLINE F widen(const uint16_t* p) {
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+INLINE F widen(const int8_t* p) {
+  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+#else
+INLINE F widen(const uint16_t* p) {
+  U x;
+  for (int i = 0; i < L; i++) x[i] = (unsigned)p[i] << 16;
+  return (F)x;
+}
+INLINE F widen(const int8_t* p) {
+  F x;
+  for (int i = 0; i < L; i++) x[i] = p[i];
+  return x;
+}
+#endif
 INLINE float total(F x) {
-  float sums[L], sum = 0;
-  store<F>(sums, x);
-  for (int step = L / 2; step; step /= 2)
-    for (int i = 0; i < step; i++) sums[i] += sums[i + step];
-  sum = sums[0];
+  float sum = 0;
+  for (int i = 0; i < L; i++) sum += x[i];
   return sum;
 }
+#endif
 
 // ---------------------------------------------------------------- threads
 
