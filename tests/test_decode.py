@@ -27,7 +27,7 @@ PARAMS = weights(CONFIG)
 ROWS = jax.random.randint(jax.random.key(2), (5, TOKENS), 0, CONFIG.vocab_size)
 SEGMENTS = (np.arange(TOKENS) >= PADDING[:, None]).astype(np.int32)
 POSITIONS = np.maximum(np.cumsum(SEGMENTS, 1) - 1, 0).astype(np.int32)
-COLUMNS = ROWS, SEGMENTS, POSITIONS
+COLUMNS = ROWS, jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS)
 
 
 def narrow(params):

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from lm.config import UserError, nearest, positive
 
 BENCHES = ("attention", "step", "population")
+APART = ("decode", "verdicts")  # these have a main of their own
 PEERS = {"attention": ("torch_sdpa",), "step": ("torch_eager", "torch_compiled"), "population": ()}
 PRODUCT_SIZE = 2048
 
@@ -26,6 +27,7 @@ attention   forward and backward of causal attention: every backend of lm.attent
 step        training steps of whole models: the program of a cell with one replica
 population  16 replicas at once, in every mode of lm.train.population and in single-threaded
             processes that share them
+decode      cached decoding and prefill of a 135M model; its --help says more
 verdicts    no times: how often the verdicts are right about planted tables (--tables=200, --json)
 
 Threads are NPROC, or as many as this process may use. peak_mib is the growth of resident memory
@@ -45,6 +47,10 @@ def main(argv: list[str]) -> int:
         from lm.bench import verdicts
 
         return verdicts.main(argv[1:])
+    if argv[:1] == ["decode"]:
+        from lm.bench import decode
+
+        return decode.main(argv[1:])
     args = _parse(argv)
     # Cases need nothing; backends and modes need JAX, which --help does not wait for.
     from lm.bench import table, timing
@@ -71,7 +77,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bench", metavar="|".join([*BENCHES, "verdicts"]))
+    parser.add_argument("bench", metavar="|".join([*BENCHES, *APART]))
     parser.add_argument("--json", action="store_true", help="for machines: a list of rows")
     parser.add_argument("--peers", action="store_true", help="PyTorch too (the extra 'peers')")
     parser.add_argument("--cases", default="", metavar="A,B", help="only these")
@@ -87,7 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny cases: does it run at all?")
     args = parser.parse_args(argv)
     if args.bench not in BENCHES:
-        raise UserError(f"no bench {args.bench!r}; {nearest(args.bench, (*BENCHES, 'verdicts'))}")
+        raise UserError(f"no bench {args.bench!r}; {nearest(args.bench, (*BENCHES, *APART))}")
     for name, value in (("dtype", args.dtype), ("pass", args.which)):
         if value and args.bench != "attention":
             raise UserError(f"--{name} is for attention; leave it out of {args.bench}")

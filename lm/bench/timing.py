@@ -35,11 +35,11 @@ class Failed(Exception):
 class Worker:
     """A process that speaks the protocol of `lm.bench.worker`."""
 
-    def __init__(self, kind: str, threads: int, errors: Path) -> None:
+    def __init__(self, kind: str, threads: int, errors: Path, command: Sequence[str] = ()) -> None:
         self.errors = errors
         with errors.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lm.bench.worker", kind, str(threads)],
+                [*(command or (sys.executable, "-m", "lm.bench.worker", kind)), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -84,6 +84,7 @@ class Lane:
     kind: str  # "xla" or "torch"
     threads: int  # of each worker
     specs: Sequence[dict[str, Any]]  # one a worker
+    command: Sequence[str] = ()  # in place of `python -m lm.bench.worker KIND`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,8 @@ def started(lanes: Sequence[Lane]) -> Iterator[dict[str, list[Worker]]]:
         workers: dict[str, list[Worker]] = {}
         for lane in lanes:  # all of them before the first is asked: they import at the same time
             for i in range(len(lane.specs)):
-                worker = Worker(lane.kind, lane.threads, Path(name) / f"{lane.impl}-{i}.log")
+                log = Path(name) / f"{lane.impl}-{i}.log"
+                worker = Worker(lane.kind, lane.threads, log, lane.command)
                 stack.callback(worker.close)
                 workers.setdefault(lane.impl, []).append(worker)
         yield workers

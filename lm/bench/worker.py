@@ -123,6 +123,11 @@ def _build(kind: str, threads: int, spec: dict[str, Any]) -> tuple[Work, int]:
 
     if spec["bench"] == "product":
         work = xla.product(spec["size"])
+    elif spec["bench"] == "decode":
+        from lm.bench import decode_work
+        from lm.bench.decode import DecodeCase
+
+        work = decode_work.build(DecodeCase(**spec["case"]), spec["impl"])
     elif spec["bench"] == "attention":
         case = AttentionCase(**spec["case"])
         work = xla.attend(case, spec["impl"], spec["dtype"], spec["pass"])
