@@ -178,6 +178,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         name, last = "" if row["case"] == last else row["case"], row["case"]
         table.add_row(name, row["impl"], *_cells(row, rows))
     console.print(f"{rows[0]['threads']} threads, medians of {rows[0]['n']}, interleaved")
+    # A pipe is no reason to cut columns off.
+    console.width = max(console.width, table.__rich_measure__(console, console.options).maximum)
     console.print(table)
     for row in rows:
         if row["reason"]:

@@ -69,7 +69,7 @@ class _Chat:
             try:
                 said = read_message(self.console)
             except KeyboardInterrupt:
-                self.note("ctrl-D leaves")
+                self.note("\nctrl-D leaves")
                 continue
             except EOFError:
                 if self.console.is_terminal:
