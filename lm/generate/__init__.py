@@ -181,7 +181,7 @@ def ends(loaded: Any) -> tuple[int, ...]:
 
 def begins(loaded: Any) -> int:
     """The token with which what an encoder-decoder writes begins; T5 takes its padding."""
-    own = loaded.tokenizer
+    own = loaded.tokenizer if encodes(loaded.config) else None
     known = [] if own is None else [own.bos_id, own.pad_id]
     return next((int(i) for i in known if i is not None), 0)
 
