@@ -36,6 +36,8 @@ VERBS = {
     "code": ("experiments.code:main", "complete programming problems, and run them in a jail"),
     "serve": ("lm.serve.cli:main", "serve a model by OpenAI's protocol"),
     "weights": ("lm.pretrained.show:main", "what is in a model, and write it for transformers"),
+    "translate": ("lm.translate:translate", "translate texts with a model that learned to"),
+    "summarize": ("lm.translate:summarize", "summarize texts with a model that learned to"),
     "bench": ("lm.bench:main", "time attention, training steps or populations, beside PyTorch"),
 }
 

@@ -60,10 +60,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value between 0 and 100, or a difference of two, with its 95% interval."""
+    """A value between 0 and 100, or a difference of two, its 95% interval and standard error."""
 
     value: float
     ci: Interval
+    stderr: float
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def resample(parts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value, Interval(float(low), float(high)))
+    return Estimate(value, Interval(float(low), float(high)), float(draws.std(ddof=1)))
 
 
 def _check(

@@ -1,0 +1,69 @@
+"""From which size does a model summarize better than the lead of the text does?
+
+Command   lm run experiments/summarization.py --workdir=runs/summarization
+Cost      about five minutes of two cores (--config.scale=smoke: the smallest size, a tenth of the
+          tokens)
+Expected  docstrings: below the lead, 1,300 of them do not teach a model of this size what a
+          method is about: ROUGE-1 10 against 20 (4x64, 1.2M tokens)
+
+The body of a docstring and its first line, from the standard library of the running interpreter
+(`--config.texts=docstrings`), and the description of a Debian package and its synopsis (`synopses`;
+`--config.lists` is a folder of apt's lists of descriptions, docs/text.md has the commands that
+fetch them). The baseline is the first sentence, cut where that is best on the training pairs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import seq2seq, translation
+from experiments.own import Plan, Record
+from lm.config import UserError
+
+METRICS = ("rouge1", "rouge2", "rougeL", "bleu")
+LADDER = (("2x16", 6e-3, 2), ("2x32", 5e-3, 2), ("4x64", 3e-3, 2))
+SMOKE = ("2x16",)
+TEXTS = ("docstrings", "synopses")
+
+
+def get_config() -> ConfigDict:
+    """What all points share; the rest is the translation study's."""
+    c = translation.get_config()
+    del c.languages
+    c.texts = "docstrings"
+    c.data.update({"answer": 32, "baseline": "lead"})
+    c.data.pairs.update({"kind": "docstrings", "longest": 250, "ratio": 0.0})
+    return c
+
+
+def points(config: ConfigDict) -> list[dict]:
+    """One point per kind of text and size; "smoke" keeps the smallest with a tenth of the
+    tokens.
+    """
+    if config.scale not in ("full", "smoke"):
+        raise UserError(f"scale is {config.scale!r}; use 'full' or 'smoke'")
+    found = []
+    for kind in config.texts.split(","):
+        if kind not in TEXTS:
+            raise UserError(f"text {kind!r} is not one of {', '.join(TEXTS)}")
+        change = {"data.pairs.kind": kind}
+        change |= {"data.pairs.path": config.lists} if kind == "synopses" else {}
+        for size, rate, seeds in LADDER:
+            point = {"name": f"{kind}-{size}", "model.size": size, **change}
+            point |= {"optim.learning_rate": rate, "seeds.replicas": seeds}
+            if config.scale == "full":
+                found.append(point)
+            elif size in SMOKE:
+                found.append(point | {"train.tokens": config.train.tokens // 10})
+    return found
+
+
+def plan(config: ConfigDict, point: Mapping[str, Any]) -> Plan:
+    """What a point will be and cost."""
+    return seq2seq.plan(config, point, "summarization")
+
+
+def train(config: ConfigDict, plan: Plan, record: Record) -> list[str | None]:
+    """Trains and scores all replicas of a point; the SHA-256 of each one's parameters."""
+    return seq2seq.train(config, plan, record, METRICS)

@@ -1,0 +1,124 @@
+"""Studies of pairs: what is trained on and scored, what is written, and the verbs that load it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from experiments import pair_data, seq2seq
+from lm import models, sizes
+from lm.cli import main
+from lm.config import UserError
+from lm.data.loader import read_rows
+from lm.data.pair_readers import PairsConfig
+from lm.data.tokenizer import BOS, EOS, TokenizerConfig
+from lm.pretrained import Loaded
+from lm.pretrained.tokenizer import from_ours
+from lm.translate import answers
+
+WORDS = ("ka", "lo", "mi", "nu", "pe", "ra")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs whose target is the source in capitals, and what a study prepares of them."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    sources = sorted({" ".join(rng.choice(WORDS, rng.integers(2, 6))) for _ in range(400)})
+    (folder / "a.tsv").write_text("".join(f"{s}\t{s.upper()}\n" for s in sources))
+    config = pair_data.DataConfig(
+        *(PairsConfig("tsv", str(folder / "a.tsv")), TokenizerConfig("char", 128), 48),
+        answer=16,
+        items=7,
+    )
+    return pair_data.prepared(config, folder), config, folder
+
+
+@pytest.fixture(scope="module")
+def loaded(data):
+    size = data[0].tokenizer.vocab_size
+    config = sizes.ladder("2x16", vocab_size=size, activation="swiglu", context=48)
+    params = nn.unbox(models.initialise(config, jax.random.key(3)))
+    # Fresh weights say the same token for ever; larger ones answer to the source.
+    params["layers"] = jax.tree.map(lambda w: 3 * w, params["layers"])
+    return Loaded(models.build(config), params, from_ours(data[0].tokenizer), config)
+
+
+def test_only_targets_have_weight(data):
+    prepared, *_ = data
+    rows = read_rows(prepared.train, np.arange(prepared.train.rows))
+    assert prepared.train.rows < prepared.train.documents
+    text = "".join(prepared.tokenizer.decode(rows.targets[rows.weights > 0]))
+    assert text and text == text.upper() and "\n" not in text
+    assert (rows.targets[rows.weights > 0] == EOS).sum() == prepared.train.documents
+
+
+def test_held_out_pairs_are_scored_beside_a_copy(data):
+    prepared, config, folder = data
+    assert len(prepared.heldout) == config.items
+    assert prepared.baseline == [source for source, _ in prepared.heldout]
+    again = pair_data.prepared(config, folder)
+    assert again.heldout == prepared.heldout and again.train.about == prepared.train.about
+
+
+def test_sources_that_leave_no_room_are_not_asked(data):
+    _, config, folder = data
+    tight = pair_data.prepared(dataclasses.replace(config, length=30, answer=18), folder)
+    assert max(len(source) for source, _ in tight.heldout) < 10
+    with pytest.raises(UserError, match="no pair fits"):
+        pair_data.prepared(dataclasses.replace(config, length=4), folder)
+
+
+def test_the_lead_is_cut_where_it_is_best():
+    train = [(f"one two three four five six seven eight nine {i}.", "one two three") for i in "ab"]
+    assert pair_data.best_lead(train) == 5
+
+
+def greedy(loaded, source, limit):
+    """The slow way: the whole row anew for every token."""
+    ids = [BOS, *loaded.tokenizer.encode(source + "\n")]
+    written = []
+    while len(written) < limit:
+        row = np.zeros((1, 48), np.int32)
+        row[0, : len(ids)] = ids
+        ids.append(int(loaded.logits(row)[0, len(ids) - 1].argmax()))
+        if ids[-1] == EOS:
+            break
+        written.append(ids[-1])
+    return " ".join(loaded.tokenizer.decode(written).split())
+
+
+def test_answers_are_greedy_and_in_their_order(data, loaded):
+    sources = [source for source, _ in data[0].heldout]
+    written = answers(loaded, sources, tokens=16)
+    assert written == [greedy(loaded, source, 16) for source in sources]
+    assert len(set(written)) > 1
+    assert answers(loaded, ["", sources[0]], tokens=16) == ["", written[0]]
+
+
+def test_the_verbs_load_what_a_study_keeps(data, loaded, tmp_path, capsys, monkeypatch):
+    prepared, config, _ = data
+    s = seq2seq.Settings(
+        *(config, loaded.config, seq2seq.optim.OptimConfig(), seq2seq.TrainConfig(1)),
+        seq2seq.SeedConfig(),
+    )
+    seq2seq.keep(s, loaded.params, prepared, tmp_path / "model-0")
+    sources = [source for source, _ in prepared.heldout][:2]
+    wanted = answers(loaded, sources, tokens=16)
+    checkpoint = str(tmp_path / "model-0")
+    assert main(["translate", checkpoint, sources[0], "--tokens=16"]) == 0
+    assert capsys.readouterr().out == wanted[0] + "\n"
+    place = tmp_path / "in.txt"
+    place.write_text("\n".join(sources))
+    with place.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert main(["summarize", checkpoint, "-", "--tokens=16", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [{"source": s, "text": t} for s, t in zip(sources, wanted, strict=True)]
+    assert main(["translate", checkpoint, sources[0], "--tokens=16", "--beams=3"]) == 0
+    for mistake in (["", "x"], [checkpoint, " "], [checkpoint, "x", "--beams=0"], ["nowhere", "x"]):
+        assert main(["translate", *mistake]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
