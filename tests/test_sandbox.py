@@ -269,13 +269,15 @@ time.sleep(0.3)
     assert alive(marker) == []
 
 
-def test_the_run_dies_with_its_owner():
+def test_the_run_dies_with_its_owner(tmp_path):
     """A killed evaluation leaves nothing behind that goes on."""
     marker = f"orphan{os.getpid()}"
     sleep = f"import time; time.sleep(99) #{marker}"
     program = f"import os, sys; os.execv(sys.executable, ['python', '-c', {sleep!r}])"
     code = f"from lm.eval.sandbox import run, Limits; run({program!r}, Limits(wall_s=60))"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+    # The folder on which the jail was built, an empty one, is all that stays.
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env) as process:
         deadline = time.monotonic() + 20
         while not (found := [p for p in alive(marker) if p != str(process.pid)]):
             assert time.monotonic() < deadline
@@ -285,6 +287,7 @@ def test_the_run_dies_with_its_owner():
         while alive(marker) and time.monotonic() < deadline:
             time.sleep(0.05)
     assert found and alive(marker) == []
+    assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
 
 
 @pytest.mark.parametrize("target", ["os.getppid()", "1", str(os.getpid()), str(os.getppid())])
