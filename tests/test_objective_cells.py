@@ -111,6 +111,8 @@ def test_masks_of_evaluation_are_fixed_and_whole(tmp_path, text):
     """
     (cell,) = cells("s", [point(text, BOTH, **MASKED)])
     mixture.prepare(cell, tmp_path)
+    with pytest.raises(UserError, match="abilities are asked of causal models"):
+        mixture.prepare_test(cell, tmp_path, tasks.task("recall", "3"), 5)
     prepared = mixture.load(cell, tmp_path)
     rows = read_rows(prepared.test["text", "", 0], np.arange(8))
     once, again = (held_out_view(cell, prepared.tokenizer)(rows) for _ in range(2))
