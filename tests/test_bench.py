@@ -6,6 +6,7 @@ No test looks at a time: that is what the machine does, not what the code does.
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,7 +282,7 @@ def test_json_of_a_smoke_run(name, lm, monkeypatch):
     """Breaks if a key is renamed, if something else is printed to stdout, or if implementations of
     one case do not agree.
     """
-    impls = {"attention": ["reference", "blockwise"], "step": ["onset"]}
+    impls = {"attention": ["reference", "blockwise"], "step": ["onset"], "eval": ["onset"]}
     chosen = impls.get(name, ["vmap", "processes"])
     monkeypatch.setenv("NPROC", "2")
     first = getattr(cases, f"SMOKE_{name.upper()}")[0].name
@@ -316,9 +317,19 @@ def test_peers_attend_alike(lm):
     assert [r["error"] < 1e-5 for r in done.json[1::2]] == [True, True]
 
 
+def test_peers_score_alike(lm):
+    """Breaks if lm-eval's own model gets other weights or other items than ours."""
+    if not os.environ.get("ONSET_PEERS"):
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+    done = lm("bench", "eval", "--smoke", "--json", "--repeats=1", "--peers")
+    assert done.json[1]["impl"] == "torch_hflm" and done.json[1]["error"] < 1e-5, done.json
+
+
 def test_without_pytorch(lm, monkeypatch):
     """Breaks if --peers without PyTorch is a traceback, or is silently less than asked for."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("ONSET_PEERS", raising=False)
     sentence = "PyTorch is not installed; install the extra: pip install 'onset-lm[peers]'"
     assert lm("bench", "step", "--peers").refusal == sentence
     assert lm("bench", "attention", "--impls=torch_sdpa").refusal == sentence

@@ -1,4 +1,4 @@
-"""`lm bench attention|step|population`: how fast the hot path is, beside what else there is.
+"""`lm bench attention|step|population|eval`: how fast the hot path is, beside what else there is.
 `lm bench verdicts` asks how often the statistics are right instead (`lm.bench.verdicts`).
 
 One repetition of every implementation in turn, each in a process that waits while the others run,
@@ -17,9 +17,14 @@ from typing import Any, get_args
 
 from lm.config import UserError, nearest, positive
 
-BENCHES = ("attention", "step", "population")
+BENCHES = ("attention", "step", "population", "eval")
 APART = ("decode", "verdicts")  # these have a main of their own
-PEERS = {"attention": ("torch_sdpa",), "step": ("torch_eager", "torch_compiled"), "population": ()}
+PEERS = {
+    "attention": ("torch_sdpa",),
+    "step": ("torch_eager", "torch_compiled"),
+    "population": (),
+    "eval": ("torch_hflm",),
+}
 PRODUCT_SIZE = 2048
 
 EPILOG = """\
@@ -28,9 +33,12 @@ step        training steps of whole models: the program of a cell with one repli
 population  16 replicas at once, in every mode of lm.train.population and in single-threaded
             processes that share them
 decode      cached decoding and prefill of a 135M model; its --help says more
+eval        log-likelihoods of 200 four-way items, of which a repetition asks 25; the peer is
+            lm-eval's own model for PyTorch (the extras 'peers' and 'harness')
 verdicts    no times: how often the verdicts are right about planted tables (--tables=200, --json)
 
-Threads are NPROC, or as many as this process may use. peak_mib is the growth of resident memory
+Threads are NPROC, or as many as this process may use. ONSET_PEERS names the Python (3.12 or newer)
+that has PyTorch, if it is not this one. peak_mib is the growth of resident memory
 during a call, over operands, parameters and state.
 
 examples:
@@ -119,7 +127,8 @@ def _implementations(args: argparse.Namespace) -> list[str]:
         chosen += [p for p in peers if args.peers and p not in chosen]
     else:
         chosen = [*own, *(peers if args.peers else ())]
-    if set(chosen) & set(peers) and importlib.util.find_spec("torch") is None:
+    here = os.environ.get("ONSET_PEERS") or importlib.util.find_spec("torch")
+    if set(chosen) & set(peers) and not here:
         raise UserError(
             "PyTorch is not installed; install the extra: pip install 'onset-lm[peers]'"
         )
@@ -128,7 +137,7 @@ def _implementations(args: argparse.Namespace) -> list[str]:
 
 def _own(bench: str) -> list[str]:
     """The names of our implementations."""
-    if bench == "step":
+    if bench in ("step", "eval"):
         return ["onset"]
     if bench == "population":
         modes = _modes()
@@ -176,17 +185,19 @@ def _jobs(args: argparse.Namespace, impls: Sequence[str]) -> list[Any]:
             spec |= {"dtype": args.dtype, "pass": args.which}
             flops = case.flops(args.which)
             which = "forward" if args.which == "forward" else "forward+backward"
+        elif args.bench == "eval":
+            flops, which = case.flops, "items"
         else:
             flops, which = flops_per_step(case), "step"
         lanes = []
         for impl in impls:
             if impl.startswith("torch_"):
                 lanes.append(Lane(impl, "torch", threads, [spec | {"impl": impl}]))
-            elif args.bench == "attention":
+            elif args.bench in ("attention", "eval"):
                 lanes.append(Lane(impl, "xla", threads, [spec | {"impl": impl}]))
             else:
                 lanes.append(_train_lane(impl, spec, threads, case.replicas))
-        replicas = getattr(case, "replicas", 1)
+        replicas = case.each if args.bench == "eval" else getattr(case, "replicas", 1)
         size = PRODUCT_SIZE // 4 if args.smoke else PRODUCT_SIZE
         facts = (args.bench, case.name, args.dtype, which, replicas, case.tokens, flops)
         jobs.append(Job(*facts, lanes, size))

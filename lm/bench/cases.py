@@ -77,6 +77,41 @@ class TrainCase:
         return self.replicas * self.rows * self.length
 
 
+@dataclass(frozen=True)
+class EvalCase:
+    """A Llama that scores four-way items of about `context` tokens, `each` of them in one call; all
+    calls in turn ask `parts` times as many.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int
+    mlp_size: int
+    vocab: int
+    context: int
+    each: int
+    parts: int
+
+    @property
+    def name(self) -> str:
+        """Layers x heads / kv heads x width."""
+        return f"{self.layers}x{self.heads}/{self.kv_heads}x{self.width}"
+
+    @property
+    def tokens(self) -> int:
+        """Of one call, about: each context once, and four continuations of 5.5."""
+        return self.each * (self.context + 22)
+
+    @property
+    def flops(self) -> float:
+        """Of one call, about: 2 per weight and token, without attention, the head where asked."""
+        size = self.width // self.heads
+        heads = 2 * self.width * self.width + 2 * self.width * self.kv_heads * size
+        layers = self.layers * (heads + 3 * self.width * self.mlp_size)
+        return 2 * self.tokens * layers + 2 * self.each * 19 * self.vocab * self.width
+
+
 ATTENTION = (
     AttentionCase(8, 8, 8, 256, 64),
     AttentionCase(4, 8, 8, 1024, 64),
@@ -104,7 +139,11 @@ POPULATION = (
     TrainCase(2, 2, 32, vocab=128, length=32, rows=64, chunk=10, replicas=16),
 )
 
+# The shape of SmolLM2-135M; 200 items in all.
+EVAL = (EvalCase(30, 9, 3, 576, 1536, 49_152, context=100, each=25, parts=8),)
+
 # `--smoke`: the same path in seconds.
 SMOKE_ATTENTION = (AttentionCase(2, 2, 1, 16, 8), AttentionCase(1, 2, 2, 24, 8, "tiny"))
 SMOKE_STEP = (TrainCase(1, 1, 16, vocab=16, length=8, rows=4, chunk=4),)
+SMOKE_EVAL = (EvalCase(2, 4, 2, 16, 24, 64, context=12, each=4, parts=2),)
 SMOKE_POPULATION = (TrainCase(1, 1, 16, vocab=16, length=8, rows=4, chunk=4, replicas=4),)

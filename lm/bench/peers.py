@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.bench.cases import AttentionCase, Pass, TrainCase
+from lm.bench import choices
+from lm.bench.cases import AttentionCase, EvalCase, Pass, TrainCase
 from lm.bench.work import CHECKED, OPTIM, Work, operands, rows, weight
 
 with contextlib.suppress(ImportError):  # the `peers` extra; lm.bench asks for it before this runs
@@ -143,6 +144,8 @@ def forward(case: TrainCase, model: Any, tokens: Any, angles: tuple[Any, Any]) -
 
 def build(spec: dict[str, Any]) -> Work:
     """What a worker asks for: see `lm.bench.worker`."""
+    if spec["bench"] == "eval":
+        return choices.hflm(EvalCase(**spec["case"]))
     if spec["bench"] == "attention":
         return attend(AttentionCase(**spec["case"]), spec["dtype"], spec["pass"])
     case = dataclasses.replace(TrainCase(**spec["case"]), replicas=1)

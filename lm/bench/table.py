@@ -45,6 +45,7 @@ def figures(rows: Sequence[Row]) -> Any:
         "attention": ("B x N x T x H", "ms", "GFLOP/s"),
         "step": ("model", "ms a step", "tokens/s"),
         "population": ("model", "ms a step", "replica\nsteps/s"),
+        "eval": ("model", "ms", "items/s"),
     }
     case, ms, rate = heads[bench]
     peers = any(row["impl"].startswith("torch_") and row["ms"] for row in rows)
@@ -68,7 +69,9 @@ def title(rows: Sequence[Row]) -> str:
     what = [first["bench"]]
     if first["bench"] == "attention":
         what.append("causal " + first["pass"].replace("+", " + "))
-    if first["replicas"] > 1:
+    if first["bench"] == "eval":
+        what.append(f"{first['replicas']} four-way items a repetition")
+    elif first["replicas"] > 1:
         what.append(f"{first['replicas']} replicas")
     what.append(first["dtype"])
     count = max(row["n"] for row in rows)
@@ -163,7 +166,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         )
     errors = [row["error"] for row in rows if row["error"] is not None]
     if errors:
-        what = "outputs and gradients" if rows[0]["bench"] == "attention" else "first losses"
+        names = {"attention": "outputs and gradients", "eval": "log-likelihoods"}
+        what = names.get(rows[0]["bench"], "first losses")
         lines.append(f"checked: all {what} agree within {max(errors):.0e} of the largest entry")
     lines += _comparisons(rows)
     ran = [row for row in rows if row["ms"]]
@@ -206,7 +210,7 @@ def _cells(row: Row, other: Row | None) -> list[str]:
     rate = row["gflops"]
     if row["bench"] == "step":
         rate = row["tokens_per_s"]
-    elif row["bench"] == "population":
+    elif row["bench"] in ("population", "eval"):
         rate = row["replicas"] * 1e3 / ms["median"]
     return [
         _digits(ms["median"]),

@@ -37,14 +37,18 @@ class Worker:
 
     def __init__(self, kind: str, threads: int, errors: Path, command: Sequence[str] = ()) -> None:
         self.errors = errors
+        python, env = sys.executable, os.environ | {"NPROC": str(threads)}
+        if kind == "torch" and os.environ.get("ONSET_PEERS"):
+            python = os.environ["ONSET_PEERS"]
+            env["PYTHONPATH"] = str(Path(__file__).parents[2])
         with errors.open("w") as stderr:
             self.process = subprocess.Popen(
-                [*(command or (sys.executable, "-m", "lm.bench.worker", kind)), str(threads)],
+                [*(command or (python, "-m", "lm.bench.worker", kind)), str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env=os.environ | {"NPROC": str(threads)},
+                env=env,
             )
 
     def send(self, **message: Any) -> None:

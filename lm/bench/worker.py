@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.bench.cases import AttentionCase, TrainCase
+from lm.bench.cases import AttentionCase, EvalCase, TrainCase
 from lm.bench.work import Work
 from lm.config import UserError
 
@@ -119,7 +119,7 @@ def _build(kind: str, threads: int, spec: dict[str, Any]) -> tuple[Work, int]:
         return peers.build(spec), torch.get_num_threads()
     import jax
 
-    from lm.bench import xla
+    from lm.bench import choices, xla
 
     if spec["bench"] == "product":
         work = xla.product(spec["size"])
@@ -128,6 +128,8 @@ def _build(kind: str, threads: int, spec: dict[str, Any]) -> tuple[Work, int]:
         from lm.bench.decode import DecodeCase
 
         work = decode_work.build(DecodeCase(**spec["case"]), spec["impl"])
+    elif spec["bench"] == "eval":
+        work = choices.ours(EvalCase(**spec["case"]))
     elif spec["bench"] == "attention":
         case = AttentionCase(**spec["case"])
         work = xla.attend(case, spec["impl"], spec["dtype"], spec["pass"])

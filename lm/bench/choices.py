@@ -1,0 +1,156 @@
+"""Scoring of four-way items by our continuations and by lm-eval's own model for PyTorch, `HFLM`.
+
+Both have one Llama of the shape of SmolLM2-135M with the same random weights, and the same ids in
+place of texts: no tokenizer takes part, and no file. Each call scores the next part of the items,
+all parts about equally long; results are the log-likelihoods of the first.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from lm.bench.cases import EvalCase
+from lm.bench.work import Work, weight
+
+EPSILON, BASE = 1e-5, 100_000.0  # of the norms; of the rotary angles
+BATCH = 16  # of HFLM: the fastest of 1, 4, 16 and 64
+LIMIT = 2048
+
+
+def items(case: EvalCase, part: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Contexts and their four continuations, as ids; part 0, 1, ... of them all."""
+    rng = np.random.default_rng(part)
+    # The same lengths in every part, so that all take as long, and compile the same shapes.
+    spread = np.linspace(0.6, 1.4, case.each)
+    contexts = rng.permutation(np.rint(spread * case.context).astype(int))
+    lengths = rng.permutation(np.arange(4 * case.each) % 6 + 3).reshape(-1, 4)
+
+    def ids(n: int) -> list[int]:
+        return rng.integers(0, case.vocab, n).tolist()
+
+    return [(ids(n), [ids(m) for m in row]) for n, row in zip(contexts, lengths, strict=True)]
+
+
+def ours(case: EvalCase) -> Work:
+    """By `lm.eval.continuations`."""
+    import jax
+    from flax import linen as nn
+
+    from lm.eval.continuations import Request, score
+    from lm.models import abstract, build
+
+    config = model(case)
+    built = build(config)
+
+    def value(path: tuple, leaf: Any) -> Any:
+        return jax.numpy.asarray(weight("/".join(key.key for key in path), leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(value, nn.unbox(abstract(config)))
+
+    def run(part: int) -> np.ndarray:
+        asked = [
+            Request(np.array(context, np.int32), np.array(continuation, np.int32))
+            for context, choices in items(case, part)
+            for continuation in choices
+        ]
+        return np.array([found.total for found in score(built, params, asked, LIMIT)[0]])
+
+    return _work(case, run)
+
+
+def hflm(case: EvalCase) -> Work:
+    """By `lm_eval.models.huggingface.HFLM`, in float32."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=_llama(case).eval().to(torch.float32),
+        tokenizer=_tokenizer(case),
+        batch_size=BATCH,
+        max_length=LIMIT,
+        device="cpu",
+    )
+
+    def run(part: int) -> np.ndarray:
+        asked = [
+            (("", ""), context, continuation)
+            for context, choices in items(case, part)
+            for continuation in choices
+        ]
+        return np.array([total for total, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)])
+
+    return _work(case, run)
+
+
+def model(case: EvalCase) -> Any:
+    """Our config of a case."""
+    from lm.models import TransformerConfig
+
+    return TransformerConfig(
+        vocab_size=case.vocab,
+        layers=case.layers,
+        width=case.width,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        mlp_size=case.mlp_size,
+        norm_epsilon=EPSILON,
+        rope_base=BASE,
+    )
+
+
+def _work(case: EvalCase, run: Any) -> Work:
+    parts = itertools.cycle(range(case.parts))
+
+    return Work(lambda: run(next(parts)), lambda: {"log_likelihood": run(0)})
+
+
+def _llama(case: EvalCase) -> Any:
+    """The PyTorch model with our weights in its layout."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    L, D, N, K, F = case.layers, case.width, case.heads, case.kv_heads, case.mlp_size
+    G, H = N // K, D // N
+    about = LlamaConfig(
+        vocab_size=case.vocab,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=L,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        rms_norm_eps=EPSILON,
+        rope_parameters={"rope_type": "default", "rope_theta": BASE},
+        tie_word_embeddings=True,
+        max_position_embeddings=LIMIT,
+    )
+    found = LlamaForCausalLM(about)
+    qkv = weight("layers/qkv", (L, D, K * (G + 2) * H)).reshape(L, D, K, G + 2, H)
+    shapes = {"out": (L, D, D), "gate": (L, D, F), "up": (L, D, F), "down": (L, F, D)}
+    stacked = {name: weight(f"layers/{name}", shape) for name, shape in shapes.items()}
+    stacked |= {"q": qkv[:, :, :, :G].reshape(L, D, D)}
+    stacked |= {"k": qkv[:, :, :, G].reshape(L, D, -1), "v": qkv[:, :, :, G + 1].reshape(L, D, -1)}
+    where = {
+        **{name: f"self_attn.{name}_proj" for name in "qkv"},
+        "out": "self_attn.o_proj",
+        **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    }
+    state = {
+        f"model.layers.{layer}.{where[name]}.weight": torch.from_numpy(value[layer].T.copy())
+        for name, value in stacked.items()
+        for layer in range(L)
+    }
+    state["model.embed_tokens.weight"] = torch.from_numpy(weight("embed", (case.vocab, D)))
+    missing, unexpected = found.load_state_dict(state, strict=False)  # the norms are ones
+    assert not unexpected and all("norm" in n or n == "lm_head.weight" for n in missing)
+    return found
+
+
+def _tokenizer(case: EvalCase) -> Any:
+    """One that HFLM accepts, and nobody asks."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(words)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
