@@ -366,9 +366,9 @@ def test_help_is_there_for_each_bench(capsys):
 def test_threads_are_those_of_xla(monkeypatch):
     """Breaks if PyTorch or the table get another number than XLA, which reads NPROC."""
     monkeypatch.setenv("NPROC", "3")
-    assert bench._threads() == 3
+    assert timing.allowed_threads() == 3
     monkeypatch.setenv("NPROC", "")
-    assert bench._threads() >= 1
+    assert timing.allowed_threads() >= 1
 
 
 def test_what_libraries_print_is_not_an_answer(tmp_path):

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -165,19 +164,11 @@ def _chosen(what: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def _threads() -> int:
-    """NPROC, as XLA reads it, or the CPUs that this process may use."""
-    given = os.environ.get("NPROC", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _jobs(args: argparse.Namespace, impls: Sequence[str]) -> list[Any]:
-    from lm.bench.timing import Job, Lane
+    from lm.bench.timing import Job, Lane, allowed_threads
     from lm.bench.xla import flops_per_step
 
-    threads = _threads()
+    threads = allowed_threads()
     jobs = []
     for case in _cases(args):
         spec = {"bench": args.bench, "case": dataclasses.asdict(case)}

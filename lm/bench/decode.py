@@ -109,10 +109,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(case: DecodeCase, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of a case: every implementation in a process of its own, in turn."""
-    from lm.bench import _threads
-    from lm.bench.timing import Failed, Lane, interleave, prepare, started
+    from lm.bench.timing import Failed, Lane, allowed_threads, interleave, prepare, started
 
-    threads = _threads()
+    threads = allowed_threads()
     impls = [*args.impls, *(["transformers"] if args.peers else [])]
     spec = {"bench": "decode", "case": dataclasses.asdict(case)}
     command = {"transformers": (args.python, str(PEER))}

@@ -28,6 +28,14 @@ PAUSE = 0.02
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "losses": 1e-3}
 
 
+def allowed_threads() -> int:
+    """NPROC, as XLA reads it, or the CPUs that this process may use."""
+    given = os.environ.get("NPROC", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 class Failed(Exception):
     """An implementation cannot go on; the text is the reason that its row gives."""
 
