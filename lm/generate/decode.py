@@ -25,7 +25,7 @@ from lm.models.int8 import dequantise
 
 PIECE = 512  # columns of a prefill's piece
 LEAST_PIECE = 16
-LENGTHS = 256  # caches are multiples of it long, so that other lengths compile nothing
+LENGTHS = 128  # caches are multiples of it long, so that other lengths compile nothing
 NONE = -1  # in place of a token after a row's end
 
 
