@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 
+collect_ignore_glob = ["data/make_*.py"]  # what made the fixtures wants PyTorch
+
 # Compiling is nearly all the time of these tests: the cache outlives the process.
 CACHE = Path(os.environ.get("ONSET_TEST_CACHE", "~/.cache/onset/tests")).expanduser()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
