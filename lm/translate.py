@@ -52,15 +52,12 @@ def prompt(loaded: Any, source: str, prefix: str = "") -> Any:
     """The ids that a model reads for a source, int32 [T]."""
     if loaded.tokenizer is None:
         raise UserError("the model has no tokenizer; put its tokenizer.json beside its weights")
+    from lm.generate.decode import encodes
+
     text, own = prefix + one_line(source), loaded.tokenizer
-    if not encodes(loaded):
+    if not encodes(loaded.config):
         return own.begin(text + BETWEEN)
     return np.append(own.encode(text), [] if own.eos_id is None else [own.eos_id]).astype(np.int32)
-
-
-def encodes(loaded: Any) -> bool:
-    """Whether the model is an encoder-decoder, whose source is not a part of what it writes."""
-    return getattr(loaded.config, "kind", "") == "encoder_decoder"
 
 
 def _written(loaded: Any, prompts: Sequence[Any], tokens: int, beams: int) -> list[str]:

@@ -99,6 +99,34 @@ def test_answers_are_greedy_and_in_their_order(data, loaded):
     assert answers(loaded, ["", sources[0]], tokens=16) == ["", written[0]]
 
 
+def test_an_encoder_decoder_reads_the_source_as_it_was_trained_to(data):
+    """Rows of training are the oracle: the source and <eos>, padding, and the target so far."""
+    tokenizer, S, limit = data[0].tokenizer, 24, 10
+    config = models.EncoderDecoderConfig(
+        *(tokenizer.vocab_size, 2, 16, 2, 32), source_length=S, positions="relative"
+    )
+    params = nn.unbox(models.initialise(config, jax.random.key(1)))
+    params = jax.tree.map(lambda w: 2 * w, params)
+    loaded = Loaded(models.build(config), params, from_ours(tokenizer), config)
+    apply = jax.jit(loaded.model.apply)
+    sources = [source for source, _ in data[0].heldout if len(source) < S][:3]
+    columns = np.arange(S + limit)
+    positions = np.where(columns < S, columns, columns - S)[None].astype(np.int32)
+    for source, text in zip(sources, answers(loaded, sources, tokens=limit), strict=True):
+        read, written = [*tokenizer.encode(source), EOS], [BOS]
+        while len(written) <= limit:
+            row, segments = np.zeros((2, 1, S + limit), np.int32)
+            row[0, : len(read)], segments[0, : len(read)] = read, 1
+            row[0, S : S + len(written)], segments[0, S : S + len(written)] = written, 1
+            logits = apply({"params": params}, row, segments, positions)
+            written.append(int(logits[0, S + len(written) - 1].argmax()))
+            if written[-1] == EOS:
+                break
+        ids = [i for i in written[1:] if i != EOS]
+        assert text == " ".join(tokenizer.decode(ids).split())
+    assert text
+
+
 def test_the_verbs_load_what_a_study_keeps(data, loaded, tmp_path, capsys, monkeypatch):
     prepared, config, _ = data
     s = seq2seq.Settings(
