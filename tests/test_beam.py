@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from lm.config import UserError
 from lm.generate.beam import Beams, beam_search
-from lm.generate.decode import fill
+from lm.generate.decode import read_prompts
 from lm.models import LSTMConfig, build, initialise
 
 FOUND = json.loads((Path(__file__).parent / "data" / "beams.json").read_text())
@@ -34,7 +34,7 @@ def test_the_texts_and_scores_are_those_of_transformers(name):
     for search in (s for s in FOUND["searches"] if s["model"] == name):
         W = search["beams"]
         rows = rows[: len(search["texts"]) // W]
-        filled = fill(loaded.model, loaded.params, rows, FOUND["tokens"])
+        filled = read_prompts(loaded.model, loaded.params, rows, FOUND["tokens"])
         beams = Beams(W, search["penalty"], ENDING[search["early"]])
         limits = {"tokens": FOUND["tokens"], "eos": (search["end"],)}
         found = beam_search(loaded.model, loaded.params, filled, beams, **limits)
@@ -70,7 +70,7 @@ def test_wide_beams_find_the_best_of_all_texts():
     params = jax.tree.map(lambda a: a * 4, params)
     loaded = build(config), params
     prompt = np.array([1, 4], np.int32)
-    filled = fill(*loaded, [prompt], TOKENS)
+    filled = read_prompts(*loaded, [prompt], TOKENS)
     beams = Beams(25, 0.7, "never")
     found = beam_search(*loaded, filled, beams, tokens=TOKENS, eos=(END,))[0]
     want = every_text(loaded, prompt, 0.7)

@@ -22,7 +22,7 @@ def build(case: DecodeCase, impl: str) -> Work:
     model, params = Transformer(config), _weights(config, impl)
     prompt = np.random.default_rng(0).integers(0, case.vocab, case.prompt).astype(np.int32)
     rules = loop.Rules(Greedy(), jnp.ones(1), jnp.zeros(0, jnp.int32))
-    filled = loop.fill(model, params, [prompt], 1)
+    filled = loop.read_prompts(model, params, [prompt], 1)
     first = np.asarray(filled.logits)[0]
     if not case.tokens:
         return Work(lambda: _fill(model, params, prompt), lambda: {"logits": first})
@@ -31,7 +31,7 @@ def build(case: DecodeCase, impl: str) -> Work:
     def call() -> None:
         # A fresh start every so often, or the cache would be full.
         if not held or held[1] < case.tokens:
-            filled = loop.fill(model, params, [prompt], 8 * case.tokens)
+            filled = loop.read_prompts(model, params, [prompt], 8 * case.tokens)
             state = loop.start(model, params, filled, rules, [prompt], [0])
             held[:] = [jax.block_until_ready(state), 8 * case.tokens]
         state, tokens = loop.advance(model, params, held[0], rules, case.tokens)
@@ -48,7 +48,7 @@ def build(case: DecodeCase, impl: str) -> Work:
 
 
 def _fill(model: Any, params: Any, prompt: np.ndarray) -> None:
-    jax.block_until_ready(loop.fill(model, params, [prompt], 1).logits)
+    jax.block_until_ready(loop.read_prompts(model, params, [prompt], 1).logits)
 
 
 def _config(case: DecodeCase) -> TransformerConfig:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import UserError, within
-from lm.generate.decode import NONE, Rules, advance, encodes, fill, start
+from lm.generate.decode import NONE, Rules, advance, encodes, read_prompts, start
 from lm.generate.sampling import Greedy, Sampler, choose_sampler
 from lm.generate.text import Typed, add, finish
 
@@ -117,7 +117,7 @@ def _stream(
     rules = Rules(sampler, penalty, jnp.array(ends(loaded), jnp.int32))
     seeds, most = [o.seed for o in each], max(limits)
     room = -(-most // per_dispatch) * per_dispatch
-    filled = fill(loaded.model, loaded.params, rows, room, begins(loaded))
+    filled = read_prompts(loaded.model, loaded.params, rows, room, begins(loaded))
     seen = [rows[i][:0] if encodes(loaded.config) else rows[i] for i in range(len(rows))]
     state = start(loaded.model, loaded.params, filled, rules, seen, seeds)
     typed = [Typed() for _ in rows]

@@ -85,7 +85,7 @@ def encodes(config: Any) -> bool:
     return getattr(config, "kind", "") == "encoder_decoder"
 
 
-def fill(
+def read_prompts(
     model: Any, params: Any, prompts: Sequence[np.ndarray], tokens: int, begin: int = 0
 ) -> Filled:
     """Reads the prompts into a cache with room for `tokens` more columns; what an encoder-decoder

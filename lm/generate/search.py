@@ -7,7 +7,7 @@ import numpy as np
 
 from lm.generate import Options, begins, encode_prompt, ends, limit
 from lm.generate.beam import Beams, Text, beam_search
-from lm.generate.decode import fill
+from lm.generate.decode import read_prompts
 
 
 def search(
@@ -19,5 +19,5 @@ def search(
     """
     rows = [encode_prompt(loaded, prompt) for prompt in prompts]
     most = min(limit(loaded, len(ids), Options(tokens)) for ids in rows)
-    filled = fill(loaded.model, loaded.params, rows, most, begins(loaded))
+    filled = read_prompts(loaded.model, loaded.params, rows, most, begins(loaded))
     return beam_search(loaded.model, loaded.params, filled, beams, tokens=most, eos=ends(loaded))
