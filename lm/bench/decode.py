@@ -193,4 +193,10 @@ def _cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[st
     ratio = peers[0]["ms"]["median"] / ms["median"] if peers and peers[0]["ms"] else math.nan
     span = f"{rate * ms['median'] / ms['max']:.3g} - {rate * ms['median'] / ms['min']:.3g}"
     gb = "-" if row["gb_per_s"] is None else f"{row['gb_per_s']:.1f}"
-    return [f"{rate:.3g}", span, gb, f"{ratio:.2f}x", f"{row['error']:.0e}"]
+    return [
+        f"{rate:.3g}",
+        span,
+        gb,
+        "-" if math.isnan(ratio) else f"{ratio:.2f}x",
+        f"{row['error']:.0e}",
+    ]
