@@ -88,6 +88,12 @@ class OnsetLM(TemplateLM):
         encode = self.reader.encode if add_special_tokens is False else self.reader.begin
         return encode(string, special=self._chat).tolist()
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """As lm-eval has it, with its bar on a terminal only."""
+        return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
