@@ -277,7 +277,12 @@ def test_tables_fit_100_columns(name, monkeypatch, capsys):
     assert any("12,346" in line and "12,345.6" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", bench.BENCHES)
+SLOW = ("population", "eval")  # their programs take half a minute to compile
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in bench.BENCHES]
+)
 def test_json_of_a_smoke_run(name, lm, monkeypatch):
     """Breaks if a key is renamed, if something else is printed to stdout, or if implementations of
     one case do not agree.

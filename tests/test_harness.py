@@ -150,6 +150,7 @@ def model(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("harness") / "tiny", 8)
 
 
+@pytest.mark.slow
 def test_local_tasks_run_from_the_command_line(lm, model, monkeypatch):
     """Without a network; accuracy is that of the log-likelihoods."""
     monkeypatch.chdir(ROOT)

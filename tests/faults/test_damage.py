@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import pytest
 
 from lm.config import build
 from lm.rundir import read_json
@@ -31,6 +32,7 @@ def damages(data: bytes, rng: random.Random) -> Iterator[bytes]:
     yield from {data[:-1], data[: len(data) // 2], b"", bytes(len(data))} - {data}
 
 
+@pytest.mark.slow
 def test_all_damage_to_all_files_is_noticed(finished, tmp_path):
     """Catches one bit, in any file, that would be trained on."""
     cell = build(Cell, read_json(finished / "study.json")["cell_configs"]["2x4"], "2x4")
