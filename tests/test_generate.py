@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from lm import generate as g
 from lm.config import UserError
-from lm.generate import decode
+from lm.generate import decode, encode_prompt
 from lm.generate.decode import pad_left, pieces
 from lm.generate.sampling import choose_sampler
 from lm.models import TransformerConfig, build, initialise
@@ -177,6 +177,16 @@ def test_a_closed_stream_stops():
     pieces_ = g.stream(LOADED["transformer"], PROMPTS, options=g.Options(tokens=100))
     assert next(pieces_).row == 0
     pieces_.close()
+
+
+def test_a_text_begins_as_the_model_was_trained_to_see_it():
+    """Breaks if a cell, trained on texts that begin with <bos>, is asked without it."""
+    begun = SimpleNamespace(**vars(TOKENIZER) | {"begin": lambda text: np.array([7, 1], np.int32)})
+    loaded = dataclasses.replace(LOADED["lstm"], tokenizer=begun)
+    assert encode_prompt(loaded, "B").tolist() == [7, 1]
+    assert encode_prompt(loaded, np.array([1])).tolist() == [1]
+    with pytest.raises(UserError, match="the prompt is empty"):
+        encode_prompt(loaded, "")
 
 
 @pytest.mark.parametrize(

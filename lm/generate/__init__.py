@@ -159,14 +159,15 @@ def _piece(
 
 
 def encode_prompt(loaded: Any, prompt: str | np.ndarray) -> np.ndarray:
-    """The ids of a prompt, int32 [T]: of a text, or ids themselves.
+    """The ids of a prompt, int32 [T]: ids as they are, or those of a text, after the token that
+    begins a text where the model was trained with one.
 
     Raises UserError for an empty one, and for a text where the model has no tokenizer.
     """
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise UserError("the model has no tokenizer; put its tokenizer.json beside its weights")
-        prompt = loaded.tokenizer.encode(prompt)
+        prompt = loaded.tokenizer.begin(prompt) if prompt else ()
     ids = np.asarray(prompt, np.int32)
     if not ids.size:
         raise UserError("the prompt is empty; give at least one character to go on from")
