@@ -167,7 +167,7 @@ def encode_prompt(loaded: Any, prompt: str | np.ndarray) -> np.ndarray:
     if isinstance(prompt, str):
         if loaded.tokenizer is None:
             raise UserError("the model has no tokenizer; put its tokenizer.json beside its weights")
-        prompt = loaded.tokenizer.begin(prompt) if prompt else ()
+        prompt = loaded.tokenizer.begin(prompt) if prompt else np.zeros(0, np.int32)
     ids = np.asarray(prompt, np.int32)
     if not ids.size:
         raise UserError("the prompt is empty; give at least one character to go on from")
