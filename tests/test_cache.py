@@ -1,12 +1,16 @@
 """Reading a text piece by piece with a cache against reading it whole."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, family, make_params
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lm.attention import Mask, attention
+from lm.attention import MOVED, Mask, attention
 from lm.config import UserError
 from lm.models import LSTMConfig, build, empty_cache
 
@@ -87,13 +91,13 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(last([a[1:, 3:7] for a in ROWS], 4), padded, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("impl", MOVED)
 def test_queries_that_start_later_are_the_rest_of_all(impl):
     """Breaks if causality or a window forget where the queries stand, forward or in the gradient;
     300 keys are three blocks.
     """
     rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, 300, n, 8), np.float32)) for n in (4, 2, 2))
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 300, n, 16), np.float32)) for n in (4, 2, 2))
     start = 137
 
     def run(q, k, v, impl, mask):
@@ -109,7 +113,35 @@ def test_queries_that_start_later_are_the_rest_of_all(impl):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients, want)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "gpu", "tpu", "splash"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_piece_of_a_cache_of_any_shape(seed):
+    """Breaks if the kernel for CPUs looks past the filled columns, at padding, or at its last block
+    as if it began at 0; one of the seeds is a single token, some lie on a mesh.
+    """
+    rng = np.random.default_rng(seed)
+    S = int(rng.integers(2, 300))
+    T = 1 if seed == 1 else int(rng.integers(1, S))
+    start, B, K = int(rng.integers(0, S - T + 1)), 2, int(rng.integers(1, 3))
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((B, n, heads, 16), np.float32))
+        for n, heads in ((T, 2 * K), (S, K), (S, K))
+    )
+    segments = jnp.asarray(rng.integers(0, 2, (B, S)), jnp.int32).at[:, start + T :].set(0)
+    arrays = segments[:, start : start + T], segments
+    prefix = jnp.full(B, S // 3) if seed % 2 else None
+    mask = Mask(seed != 2, 20 if seed == 3 else None, *arrays, prefix, start=jnp.int32(start))
+    devices = jax.devices()[: 1 + seed % 2]
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    found, want = (
+        jax.jit(partial(attention, impl=impl), out_shardings=NamedSharding(mesh, P("data")))(
+            *jax.device_put((q, k, v), NamedSharding(mesh, P("data"))), mask
+        )
+        for impl in ("cpu", "reference")
+    )
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["gpu", "tpu", "splash"])
 def test_kernels_refuse_queries_that_start_later(impl):
     """Breaks if a kernel that does not know `start` gives the wrong attention in silence."""
     q = jnp.zeros((1, 4, 1, 8))

@@ -32,7 +32,7 @@ BACKENDS: dict[str, ModuleType] = {
 # To XLA these are calls without a rule for cutting them: on a mesh each device calls its own.
 KERNELS = ("cpu", "gpu", "tpu", "splash")
 BIASED = ("reference",)  # those that take an additive bias
-MOVED = ("reference", "blockwise")  # those whose queries may begin at a later key, `Mask.start`
+MOVED = ("reference", "blockwise", "cpu")  # queries may begin at a later key, `Mask.start`
 
 # Per platform, in order: a backend, and the largest T*S for which `auto` takes it (None: any).
 # docs/attention.md has the measurements behind the order and the limits on a CPU and on an H200;
@@ -50,7 +50,7 @@ ORDER: dict[str, tuple[tuple[str, int | None], ...]] = {
 
 # Names of the axes, for a mesh: heads, keys, and the arrays of a mask.
 HEADS, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-PARTS = (("batch", None), ("batch", None), ("batch",), ("batch",))
+PARTS = (("batch", None), ("batch", None), ("batch",), ("batch",), ())
 
 
 def attention(
@@ -123,7 +123,7 @@ def rotary_attention(
 
 
 def _parts(mask: Mask) -> tuple[Array | None, ...]:
-    return mask.q_segments, mask.k_segments, mask.prefix, mask.lengths
+    return mask.q_segments, mask.k_segments, mask.prefix, mask.lengths, mask.start
 
 
 def choose(q: Any, k: Any, v: Any, mask: Mask, impl: str = "auto", biased: bool = False) -> str:

@@ -38,7 +38,7 @@ INLINE Range within(Range a, int lo, int hi) {
 
 // The mask of one batch row (lm/attention/mask.py); S counts the keys within `lengths`.
 struct Visible {
-  int T, S, window, prefix;  // window 0: none
+  int T, S, window, prefix, start;  // window 0: none; query 0 stands at key `start`
   bool causal;
   const int *q_segments, *k_segments;
 
@@ -46,8 +46,9 @@ struct Visible {
   Range queries(int s) const {
     if (s >= S) return {0, 0};
     if (s < prefix) return {0, T};
-    int lo = causal ? s : 0, hi = T;
-    if (window) lo = std::max(lo, s - window + 1), hi = std::min(hi, s + window);
+    const int at = s - start;
+    int lo = causal ? std::max(at, 0) : 0, hi = T;
+    if (window) lo = std::max(lo, at - window + 1), hi = std::min(hi, at + window);
     return {lo, std::max(lo, hi)};
   }
   // A range with all queries that see some key of [a, b].
@@ -55,13 +56,14 @@ struct Visible {
     if (a >= S) return {0, 0};
     b = std::min(b, S - 1);
     if (a < prefix) return {0, T};
-    int lo = causal ? a : 0, hi = T;
+    a -= start, b -= start;
+    int lo = causal ? std::max(a, 0) : 0, hi = T;
     if (window) lo = std::max(lo, a - window + 1), hi = std::min(hi, b + window);
     return {lo, std::max(lo, hi)};
   }
   // A range with all keys that some query of [a, b] sees.
   Range keys(int a, int b) const {
-    b = std::min(b, T - 1);
+    a += start, b = std::min(b, T - 1) + start;
     int lo = 0, hi = causal ? b + 1 : S;
     if (window) lo = std::max(0, a - window + 1), hi = std::min(hi, b + window);
     if (prefix) lo = 0, hi = std::max(hi, prefix);
@@ -73,6 +75,7 @@ struct Visible {
   bool all(int ta, int tb, int sa, int sb) const {
     if (sb >= S) return false;
     if (sb < prefix) return true;
+    ta += start, tb += start;
     return (!causal || sb <= ta) && (!window || (tb - sa < window && sb - ta < window));
   }
 };
@@ -105,7 +108,7 @@ INLINE void hide(F (&x)[MR][N], const Visible& see, const int* segments, int t, 
   if (!segments && see.only_causal(s + MR - 1)) {
     UNROLL for (int m = 0; m < MR; m++)
       UNROLL for (int n = 0; n < N; n++)
-        x[m][n] = iota() >= splat(s + m - t - n * L) ? x[m][n] : splat(hidden);
+        x[m][n] = iota() >= splat(s + m - see.start - t - n * L) ? x[m][n] : splat(hidden);
     return;
   }
   UNROLL for (int m = 0; m < MR; m++) {
@@ -516,19 +519,21 @@ struct Call {
   int B, T, S, N, K;
   bool causal;
   int window;
-  const int *q_segments, *k_segments, *prefix, *lengths;
+  const int *q_segments, *k_segments, *prefix, *lengths, *start;
 
   Call(const std::vector<int64_t>& shape, Array& qs, Array& ks, Array& prefix_, Array& lengths_,
-       bool causal_, int64_t window_)
+       Array& start_, bool causal_, int64_t window_)
       : B((int)shape[0]), T((int)shape[1]), S((int)shape[2]), N((int)shape[3]), K((int)shape[4]),
         causal(causal_), window((int)window_) {
     auto ints = [](Array& a) {
       return a.element_count() ? static_cast<const int*>(a.untyped_data()) : nullptr;
     };
     q_segments = ints(qs), k_segments = ints(ks), prefix = ints(prefix_), lengths = ints(lengths_);
+    start = ints(start_);
   }
   Visible visible(int b) const {
-    return {T, lengths ? std::clamp(lengths[b], 0, S) : S, window, prefix ? prefix[b] : 0, causal,
+    return {T, lengths ? std::clamp(lengths[b], 0, S) : S, window, prefix ? prefix[b] : 0,
+            start ? std::clamp(start[b], 0, S) : 0, causal,
             q_segments ? q_segments + (long)b * T : nullptr,
             k_segments ? k_segments + (long)b * S : nullptr};
   }
@@ -653,16 +658,17 @@ ffi::Future backward_all(ffi::ThreadPool pool, float scale, Call call, Operand q
 }
 
 ffi::Future Forward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q, Array k,
-                    Array v, Array qs, Array ks, Array prefix, Array lengths, Out o, Out lse) {
-  Call call(shape_of(q, k), qs, ks, prefix, lengths, causal, window);
+                    Array v, Array qs, Array ks, Array prefix, Array lengths, Array start, Out o,
+                    Out lse) {
+  Call call(shape_of(q, k), qs, ks, prefix, lengths, start, causal, window);
   const Operand keys(k, call.S, call.K, 1), values(v, call.S, call.K, 1);
   return forward_all(pool, scale, call, {q, call.T, call.K, call.group()}, keys, values, o, lse);
 }
 
 ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array q,
-                     Array k, Array v, Array qs, Array ks, Array prefix, Array lengths, Array o,
-                     Array lse, Array dout, Out dq, Out dk, Out dv) {
-  Call call(shape_of(q, k), qs, ks, prefix, lengths, causal, window);
+                     Array k, Array v, Array qs, Array ks, Array prefix, Array lengths, Array start,
+                     Array o, Array lse, Array dout, Out dq, Out dk, Out dv) {
+  Call call(shape_of(q, k), qs, ks, prefix, lengths, start, causal, window);
   const int T = call.T, S = call.S, K = call.K, G = call.group();
   return backward_all(pool, scale, call, {q, T, K, G}, {k, S, K, 1}, {v, S, K, 1}, o, lse, dout,
                       {*dq, T, K, G}, {*dk, S, K, 1}, {*dv, S, K, 1});
@@ -671,8 +677,8 @@ ffi::Future Backward(ffi::ThreadPool pool, float scale, bool causal, int64_t win
 // Queries, keys and values as one product leaves them, rotated here.
 ffi::Future PackedForward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array qkv,
                           Array cos, Array sin, Array qs, Array ks, Array prefix, Array lengths,
-                          Out o, Out lse) {
-  Call call(shape_of(qkv), qs, ks, prefix, lengths, causal, window);
+                          Array start, Out o, Out lse) {
+  Call call(shape_of(qkv), qs, ks, prefix, lengths, start, causal, window);
   const int G = call.group();
   const Operand x(qkv, call.T, call.K, G + 2);
   return forward_all(pool, scale, call, x.part(0, &cos, &sin), x.part(G, &cos, &sin),
@@ -681,8 +687,8 @@ ffi::Future PackedForward(ffi::ThreadPool pool, float scale, bool causal, int64_
 
 ffi::Future PackedBackward(ffi::ThreadPool pool, float scale, bool causal, int64_t window, Array qkv,
                            Array cos, Array sin, Array qs, Array ks, Array prefix, Array lengths,
-                           Array o, Array lse, Array dout, Out dqkv) {
-  Call call(shape_of(qkv), qs, ks, prefix, lengths, causal, window);
+                           Array start, Array o, Array lse, Array dout, Out dqkv) {
+  Call call(shape_of(qkv), qs, ks, prefix, lengths, start, causal, window);
   const int G = call.group();
   const Operand x(qkv, call.T, call.K, G + 2), y(*dqkv, call.T, call.K, G + 2);
   return backward_all(pool, scale, call, x.part(0, &cos, &sin), x.part(G, &cos, &sin),
@@ -695,7 +701,7 @@ ffi::Future PackedBackward(ffi::ThreadPool pool, float scale, bool causal, int64
 #define OPERANDS                                                                               \
   ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<bool>("causal")             \
       .Attr<int64_t>("window").Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>().Arg<Array>() \
-      .Arg<Array>().Arg<Array>()
+      .Arg<Array>().Arg<Array>().Arg<Array>()
 #define SAVED .Arg<Array>().Arg<Array>().Arg<Array>()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionForward, Forward, OPERANDS.Ret<Array>().Ret<Array>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionBackward, Backward,

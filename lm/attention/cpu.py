@@ -123,5 +123,6 @@ def _arrays(mask: Mask, B: int) -> tuple[Array, ...]:
     """The arrays of a mask, [B, 0] for what is switched off."""
     keys = mask.q_segments if mask.k_segments is None else mask.k_segments
     none = jnp.zeros((B, 0), jnp.int32)
-    parts = (mask.q_segments, keys, mask.prefix, mask.lengths)
+    start = None if mask.start is None else jnp.broadcast_to(mask.start, (B,))
+    parts = (mask.q_segments, keys, mask.prefix, mask.lengths, start)
     return tuple(none if part is None else part.astype(jnp.int32) for part in parts)
