@@ -34,19 +34,12 @@ def items(case: EvalCase, part: int) -> list[tuple[list[int], list[list[int]]]]:
 
 def ours(case: EvalCase) -> Work:
     """By `lm.eval.continuations`."""
-    import jax
-    from flax import linen as nn
-
+    from lm.bench.decode_work import drawn, llama
     from lm.eval.continuations import Request, score
-    from lm.models import abstract, build
+    from lm.models import build
 
-    config = model(case)
-    built = build(config)
-
-    def value(path: tuple, leaf: Any) -> Any:
-        return jax.numpy.asarray(weight("/".join(key.key for key in path), leaf.shape))
-
-    params = jax.tree_util.tree_map_with_path(value, nn.unbox(abstract(config)))
+    config = llama(case, norm_epsilon=EPSILON, rope_base=BASE)
+    built, params = build(config), drawn(config)
 
     def run(part: int) -> np.ndarray:
         asked = [
@@ -81,22 +74,6 @@ def hflm(case: EvalCase) -> Work:
         return np.array([total for total, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)])
 
     return _work(case, run)
-
-
-def model(case: EvalCase) -> Any:
-    """Our config of a case."""
-    from lm.models import TransformerConfig
-
-    return TransformerConfig(
-        vocab_size=case.vocab,
-        layers=case.layers,
-        width=case.width,
-        heads=case.heads,
-        kv_heads=case.kv_heads,
-        mlp_size=case.mlp_size,
-        norm_epsilon=EPSILON,
-        rope_base=BASE,
-    )
 
 
 def _work(case: EvalCase, run: Any) -> Work:

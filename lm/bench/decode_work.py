@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from lm.bench.cases import EvalCase
 from lm.bench.decode import DecodeCase
 from lm.bench.work import Work, weight
 from lm.generate import decode as loop
 from lm.generate.sampling import Greedy
-from lm.models import Transformer, TransformerConfig, decode
+from lm.models import Transformer, TransformerConfig, abstract, decode
 from lm.models.int8 import quantise
 
 
@@ -18,7 +20,7 @@ def build(case: DecodeCase, impl: str) -> Work:
     """The work of a case by one of `lm.bench.decode.OURS`."""
     if impl == "xla":
         decode.PLAIN["kind"] = "none"  # the kernel computes no such model
-    config = _config(case)
+    config = llama(case)
     model, params = Transformer(config), _weights(config, impl)
     prompt = np.random.default_rng(0).integers(0, case.vocab, case.prompt).astype(np.int32)
     rules = loop.Rules(Greedy(), jnp.ones(1), jnp.zeros(0, jnp.int32))
@@ -51,7 +53,8 @@ def _fill(model: Any, params: Any, prompt: np.ndarray) -> None:
     jax.block_until_ready(loop.read_prompts(model, params, [prompt], 1).logits)
 
 
-def _config(case: DecodeCase) -> TransformerConfig:
+def llama(case: DecodeCase | EvalCase, **settings: Any) -> TransformerConfig:
+    """The model of a case."""
     return TransformerConfig(
         vocab_size=case.vocab,
         layers=case.layers,
@@ -59,18 +62,20 @@ def _config(case: DecodeCase) -> TransformerConfig:
         heads=case.heads,
         kv_heads=case.kv_heads,
         mlp_size=case.mlp_size,
+        **settings,
+    )
+
+
+def drawn(config: TransformerConfig) -> Any:
+    """Random parameters, the same in every process."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(weight("/".join(key.key for key in path), leaf.shape)),
+        nn.unbox(abstract(config)),
     )
 
 
 def _weights(config: TransformerConfig, impl: str) -> Any:
-    from flax import linen as nn
-
-    from lm.models import abstract
-
-    def leaf(path: Any, shape: Any) -> Any:
-        return jnp.asarray(weight("/".join(key.key for key in path), shape.shape))
-
-    params = jax.tree_util.tree_map_with_path(leaf, nn.unbox(abstract(config)))
+    params = drawn(config)
     if impl == "onset_int8":
         return quantise(params)
     if impl == "onset_bfloat16":
