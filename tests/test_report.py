@@ -21,6 +21,7 @@ from lm.emergence import (
     page_data,
     page_facts,
     planted,
+    plots,
     predict,
     report,
     table,
@@ -168,6 +169,31 @@ def test_the_browser_gets_every_value_once(study, made, monkeypatch):
     monkeypatch.setattr(page_data, "MOST_VALUES", 2000)
     thin = page_data._values(made)[1]["bigram/1/nll"]
     assert len(thin["v"]) < len(found["v"]) and len(thin["last"]) == 30
+
+
+def test_scores_without_a_verdict_stand_beside_their_baseline(study):
+    """Catches a baseline of another metric or level, one drawn as a score, and a lost chance."""
+    frame = table.load(study)
+    rows = frame[(frame["task"] == "text") & (frame["metric"] == "nll")]
+
+    def as_if(task, level, metric, value, chance=np.nan):
+        new = {"task": task, "level": level, "metric": metric, "value": value, "chance": chance}
+        return rows.assign(**new)
+
+    frame = pd.concat(
+        [
+            frame,
+            *(as_if("pairs", "de", *score) for score in (("chrf", 40.0), ("copy_chrf", 30.0))),
+            *(as_if("pairs", "zh", *score) for score in (("bleu", 9.0), ("copy_chrf", 8.0))),
+            as_if("text", "test", "masked_accuracy", 0.5, 0.25),
+        ]
+    )
+    found = page_data.scores(frame, plots.rung_table(frame))
+    assert [(s["title"], s["chance"]) for s in found] == [
+        ("pairs de: chrF", [{"value": 30.0, "label": "copy"}]),
+        ("pairs zh: BLEU", []),
+        ("text test: accuracy of masked tokens", [{"value": 0.25, "label": "baseline"}]),
+    ]
 
 
 def test_predictions_are_shown_as_what_they_were(study, made, tmp_path):

@@ -26,7 +26,7 @@ def render(page: Content) -> str:
     """The page as HTML."""
     name = html.escape(page.analysis["study"])
     sections = [head(page), verdicts(page), multiples(page), breakthroughs(page), closer(page)]
-    sections += [_training(page), _scaling(page), _provenance(page), _cost(page)]
+    sections += [_scores(page), _training(page), _scaling(page), _provenance(page), _cost(page)]
     data = json.dumps(browser_data(page), separators=(",", ":"), allow_nan=False)
     return "\n".join(
         [
@@ -39,6 +39,16 @@ def render(page: Content) -> str:
             f"<script>{_vega()}</script><script>{SCRIPT}</script></body></html>",
         ]
     )
+
+
+def _scores(page: Content) -> str:
+    figures = "".join(
+        f'<figure class="score" data-index="{i}"><div class="plot"></div></figure>'
+        for i in range(len(page.scores))
+    )
+    if not figures:
+        return ""
+    return f"<section><h2>Scores against size</h2><div class='pair'>{figures}</div></section>"
 
 
 def _training(page: Content) -> str:

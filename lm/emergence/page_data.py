@@ -19,6 +19,7 @@ from lm.emergence.words import STYLE, ability_order, si
 
 MOST_VALUES = 1_500_000  # on a page; above that early evaluations are thinned
 COMPACT = (206, 122)
+BASELINES = ("copy", "lead")  # what a study of pairs measures as `copy_bleu` and so on
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Content:
     seeds: pd.DataFrame
     rungs: pd.DataFrame
     sizes: list[int]
+    scores: list[dict[str, Any]]
     folder: str
 
 
@@ -59,7 +61,37 @@ def content(
     replicas = frame[columns].drop_duplicates(["point", "replica"])
     replicas = replicas.sort_values(["params", "point", "replica"], ignore_index=True)
     sizes = sorted(int(n) for n in replicas["params"].unique())
-    return Content(analysis, study, cells, replicas, seeds, rungs, sizes, folder)
+    found = scores(frame, rungs)
+    return Content(analysis, study, cells, replicas, seeds, rungs, sizes, found, folder)
+
+
+def scores(frame: pd.DataFrame, rungs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Each task, level and metric of `plots.SCORES` that has rungs, with a title and the baseline:
+    the `chance` of its rows, or the metric of a copy or a lead that the study measured beside it.
+    """
+    measured = rungs.groupby(plots.KEYS, observed=True)["mean"].mean()
+    made = []
+    for task, level, metric in measured.index:
+        if metric not in plots.SCORES:
+            continue
+        rows = _where(frame, {"task": task, "level": level, "metric": metric})
+        baselines = {"baseline": float(rows["chance"].mean())} | {
+            name: measured.get((task, level, f"{name}_{metric}"), math.nan) for name in BASELINES
+        }
+        where = f"{task} {level}".replace("_", " ")
+        made.append(
+            {
+                **{"task": task, "level": level, "metric": metric},
+                "title": f"{where}: {plots.SCORES[metric]}",
+                "chance": [
+                    {"value": value, "label": name}
+                    for name, value in baselines.items()
+                    if math.isfinite(value)
+                ],
+            }
+        )
+    order = list(plots.SCORES)
+    return sorted(made, key=lambda s: (s["task"], s["level"], order.index(s["metric"])))
 
 
 def figures(page: Content, share: Share = map) -> dict[str, bytes]:
@@ -90,7 +122,9 @@ def datasets(page: Content, verdict: dict[str, Any], metric: str) -> dict[str, l
         "seeds": _records(seeds[seeds["final"]]),
         "rungs": _records(_where(page.rungs, keys)),
         "onset": _onset(verdict),
-        "chance": [{"value": verdict["chance"]}] if metric == "exact_match" else [],
+        "chance": [{"value": verdict["chance"], "label": "chance"}]
+        if metric == "exact_match"
+        else [],
         "limits": [{"value": v} for v in (0, 1)] if metric in plots.RATES else [],
     }
 
@@ -131,6 +165,7 @@ def browser_data(page: Content) -> dict[str, Any]:
         "closer": page_charts.closer(page.sizes),
         "law": law(page) if page.analysis["scaling"]["alpha"] is not None else None,
         "metrics": plots.METRICS,
+        "scores": page.scores,
         "losses": plots.LOSSES,
         "rates": plots.RATES,
         "tasks": {f"{v['task']}/{v['level']}": _task(page, v) for v in page.analysis["verdicts"]},

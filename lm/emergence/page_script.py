@@ -71,7 +71,7 @@ function curve(task, metric, x, templates, title) {
     independent: templates === data.middle && metric === "exact_match"
       ? rungs(task + "/independent_match") : [],
     chance: known && metric === "exact_match" && known.chance !== null
-      ? [{value: known.chance}] : [],
+      ? [{value: known.chance, label: "chance"}] : [],
     limits: data.rates.includes(metric) ? [{value: 0}, {value: 1}] : [],
   });
 }
@@ -212,6 +212,11 @@ async function start() {
     const {task, metric} = figure.dataset;
     const title = data.losses[task.split("/")[0]];
     await put(figure, curve(task, metric, "tokens", data.large, title));
+  }
+  for (const figure of document.querySelectorAll("figure.score")) {
+    const {task, level, metric, title, chance} = data.scores[figure.dataset.index];
+    const spec = curve(task + "/" + level, metric, "params", data.large, title);
+    await put(figure, fill(data.large.params, title, {...spec.datasets, chance}));
   }
   for (const figure of document.querySelectorAll("figure.law")) await put(figure, data.law);
   document.body.dataset.ready = "yes";

@@ -40,6 +40,16 @@ METRICS = {
     "choice_brier": "Brier score among the choices",
     "calibration_error": "calibration error",
 }
+# No verdict rests on these; they are drawn against size beside a baseline of the same items.
+SCORES = {
+    "masked_accuracy": "accuracy of masked tokens",
+    "pseudo_perplexity": "pseudo-perplexity",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
 LOSSES = {
     "text": "held-out text loss, nats per token",
     "train": "training loss, nats per weighted token",
@@ -63,7 +73,7 @@ def seed_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     `spread` is the size, moved a little by replica so that equal values stay apart.
     """
-    frame = frame[(frame["format"] == 0) & frame["metric"].isin([*METRICS, "loss"])]
+    frame = frame[(frame["format"] == 0) & frame["metric"].isin([*METRICS, *SCORES, "loss"])]
     text = frame[(frame["task"] == "text") & (frame["metric"] == "nll")]
     where = ["point", "replica", "step"]
     loss = text.drop_duplicates(where).set_index(where)["value"].rename("text_loss")
@@ -222,7 +232,7 @@ def _chance() -> list[alt.Chart]:
     return [
         limits.encode(y=_y()),
         chance.mark_rule(strokeDash=[4, 3], color=GREY).encode(y="value:Q"),
-        name.encode(y="value:Q", x=alt.value("width"), text=alt.value("chance")),
+        name.encode(y="value:Q", x=alt.value("width"), text="label:N"),
     ]
 
 
