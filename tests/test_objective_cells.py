@@ -180,6 +180,9 @@ def test_a_pair_is_a_row():
         ({"model": {"kind": "lstmm"}}, "model.kind is 'lstmm'; use one of 'transformer', 'lstm'"),
         ({"model": LSTM | {"heads": 2}}, "model.heads is not a setting"),
         ({"mix": {"pairs": {"task": "pairs", "rows": 8}}}, "cannot learn from a mixture of pairs"),
+        ({"strategy": "sequence", "model": LSTM}, "share the rows of a model of kind 'lstm'"),
+        ({"strategy": "sequence"} | MASKED | {"model": BOTH}, "rows of a model of both directions"),
+        ({"sequence_devices": 2, "model": {"window": 8}}, "rows of a model with window 8"),
     ],
     ids=str,
 )

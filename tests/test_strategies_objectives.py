@@ -1,5 +1,6 @@
 """Masked tokens, cut spans, smoothed targets and an LSTM under every strategy that takes them: the
-loss and gradients of one device (`causal` is in tests/test_strategies.py, with its collectives).
+loss and gradients of one device (`causal` is in tests/test_strategies.py, with its collectives;
+what `sequence` does not take is refused by `lm.train.objective`).
 """
 
 from functools import cache, partial

@@ -52,6 +52,7 @@ def check_objective(cell: Any) -> None:
             " use less, or raise data.length"
         )
     _check_settings(train)
+    _check_shared_rows(model, train)
     if name == "masked":
         masking(cell)
     if name == "span":
@@ -72,6 +73,26 @@ def _check_settings(train: Any) -> None:
                 f"{setting} is {getattr(train, setting)!r}, but objective {train.objective!r} reads"
                 f" none; leave it out, or choose objective {' or '.join(users)}"
             )
+
+
+def _check_shared_rows(model: Any, train: Any) -> None:
+    """Refuses devices that share each row where the model cannot be cut that way (the ring of
+    `lm.attention`).
+    """
+    if train.strategy != "sequence" and train.sequence_devices < 2:
+        return
+    what = ""
+    if model.kind != "transformer":
+        what = f"a model of kind {model.kind!r}"
+    elif model.direction == "both":
+        what = "a model of both directions"
+    elif model.window or model.positions == "relative":
+        what = f"a model with window {model.window} and {model.positions} positions"
+    if what:
+        raise UserError(
+            f"devices cannot share the rows of {what}, only of a causal transformer without a"
+            " window and relative positions; choose another strategy, and sequence_devices 0"
+        )
 
 
 def masking(cell: Any) -> Masking:

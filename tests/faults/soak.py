@@ -73,11 +73,15 @@ class Sweep:
                     os.kill(pid, signal.SIGCONT)
 
 
-def one_fault(sweep: Sweep, rng: random.Random, mounted: bool) -> str:
+def kinds_of(how: str, wanted: str, mounted: bool) -> dict[str, int]:
+    """The faults of a sweep with their weights: those that were asked for, or all that can be."""
+    kinds = SLURM if how == "slurm" else LOCAL
+    names = wanted.split(",") if wanted else list(kinds)
+    return {n: kinds[n] for n in names if n in kinds and (mounted or n != "disk")}
+
+
+def one_fault(sweep: Sweep, rng: random.Random, kinds: dict[str, int]) -> str:
     """Does one thing to a sweep; what it was, empty if there was nobody to do it to."""
-    kinds = dict(SLURM if sweep.how == "slurm" else LOCAL)
-    if not mounted:
-        del kinds["disk"]
     what = rng.choices(list(kinds), list(kinds.values()))[0]
     if what == "runner":
         sweep.runner.kill()
@@ -169,7 +173,7 @@ def disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def disturb(sweep: Sweep, rng: random.Random, every: float, mounted: bool) -> None:
+def disturb(sweep: Sweep, rng: random.Random, every: float, kinds: dict[str, int]) -> None:
     """Carries a sweep out, whatever happens to it."""
     begun = time.monotonic()
     following = begun + every
@@ -183,7 +187,7 @@ def disturb(sweep: Sweep, rng: random.Random, every: float, mounted: bool) -> No
                 sweep.runner = sweep.start()
             if time.monotonic() > following:
                 following = time.monotonic() + every * (0.5 + rng.random())
-                if what := one_fault(sweep, rng, mounted):
+                if what := one_fault(sweep, rng, kinds):
                     sweep.done[what] += 1
                     print(f"{time.monotonic() - begun:6.0f} s  {what}", flush=True)
             time.sleep(0.1)
@@ -204,7 +208,7 @@ def soak(args: argparse.Namespace, how: str, study: Path, wanted: dict[str, obje
         settings = settings_of(args)
         begun = time.monotonic()
         sweep = Sweep(study, workdir, how, settings)
-        disturb(sweep, random.Random(args.seed), args.every, mounted)
+        disturb(sweep, random.Random(args.seed), args.every, kinds_of(how, args.kinds, mounted))
         found = kill.verify(workdir)
         status = kill.ask("status", workdir)
         noticed = sum(c["events"].get("checkpoint_quarantined", 0) for c in status["cells"])
@@ -236,10 +240,13 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="a folder of its own")
     parser.add_argument("--how", action="append", choices=("local", "slurm"), help="both")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="", help="only these faults, such as worker,session")
     parser.add_argument("--every", type=float, default=20.0, help="seconds from fault to fault")
     parser.add_argument("--steps", type=int, default=6000, help="of each cell")
     parser.add_argument("--goodput", type=float, default=GOODPUT, help="at least")
     args = parser.parse_args()
+    if unknown := set(filter(None, args.kinds.split(","))) - set(SLURM):
+        parser.error(f"{', '.join(sorted(unknown))}: the faults are {', '.join(SLURM)}")
     args.workdir = args.workdir.absolute()
     study = args.workdir / "study" / "tiny.py"
     if not study.exists():
