@@ -7,7 +7,7 @@ from rich.console import Console
 
 from experiments.display import print_columns
 from lm.config import UserError
-from lm.models import LSTMConfig
+from lm.models import Config, EncoderDecoderConfig, LSTMConfig
 from lm.sizes import flops_per_sequence, parameters
 from lm.train.cell import Cell, Point
 
@@ -28,7 +28,7 @@ def seconds(cell: Cell) -> float:
     each = (
         per_token / FLOPS_PER_SECOND
         + SECONDS_PER_TOKEN
-        + SECONDS_PER_TOKEN_LAYER * cell.model.layers
+        + SECONDS_PER_TOKEN_LAYER * _layers(cell.model)
     )
     return COMPILE_SECONDS + len(cell.replicas) * tokens * each
 
@@ -43,8 +43,15 @@ def memory(cell: Cell) -> int:
         per_layer = 2 * m.width + 12 * m.memory
     else:
         per_layer = 8 * m.width + 2 * m.mlp_size + 2 * m.heads * length
-    activations = 4 * rows * length * (m.layers * per_layer + 4 * m.vocab_size)
+    activations = 4 * rows * length * (_layers(m) * per_layer + 4 * m.vocab_size)
     return state + activations
+
+
+def _layers(model: Config) -> int:
+    """Of both stacks where there are two, as if each had the whole row."""
+    if isinstance(model, EncoderDecoderConfig):
+        return model.encoder.layers + model.decoder.layers
+    return model.layers
 
 
 def state_memory(cell: Cell) -> int:
