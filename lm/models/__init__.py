@@ -4,6 +4,7 @@ A kind of model is a config, a frozen dataclass, and the module that it builds; 
 all, and what is asked of any model is asked here.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -55,6 +56,9 @@ def build(config: Config) -> Any:
 def initialise(config: Config, key: Array) -> Any:
     """Fresh parameters, boxed with their logical axes; `nn.unbox` gives plain arrays."""
     source = config.source_length if isinstance(config, EncoderDecoderConfig) else 0
+    if not isinstance(config, LSTMConfig):
+        # Parameters do not depend on the backend, and cuDNN's cannot run the row of one token.
+        config = dataclasses.replace(config, attention="reference")
     row = jnp.zeros((1, source + 1), jnp.int32)
     return build(config).init(key, row, row, row)["params"]
 

@@ -36,7 +36,7 @@ BUSY = (0.35, 0.60)  # share of the peak that products reach, repeated ones coun
 # Copies that the compilers keep: of a layer's gathered weights, and of [M, F].
 LAYER_COPIES = {"v4": 7.7, "v5e": 7.7, "v5p": 7.7, "v6e": 7.7, "tpu7x": 5.1, "h100": 1.5}
 ACROSS_SLICES = 1.7  # instead, where a weight is cut over several slices
-WIDE_COPIES = {"tpu": 6.0, "gpu": 7.6}
+WIDE_COPIES = {"tpu": 6.0, "gpu": 5.6}
 
 
 @dataclasses.dataclass(frozen=True)
