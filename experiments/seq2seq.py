@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from experiments.own import Plan, Record
 from experiments.pair_data import DataConfig, Prepared, prepared
 from lm import models, objectives, rundir, sizes
-from lm.config import build, positive, to_dict
+from lm.config import UserError, build, nearest, positive, to_dict
 from lm.data.loader import Batch, Loader, MixtureItem
 from lm.emergence.metrics import Measure
 from lm.eval import text
@@ -42,6 +42,9 @@ from lm.train.record import params_sha256
 from lm.train.step import ALIVE, TrainState, make_chunk, make_step
 from lm.translate import TOKENIZER, answers
 
+# Size, learning rate, seeds; `smoke` keeps the first, with a tenth of the tokens.
+LADDER = (("2x16", 6e-3, 2), ("2x32", 5e-3, 2), ("4x32", 5e-3, 2), ("4x64", 3e-3, 2))
+APT = ("synopses", "descriptions")  # kinds of pairs that come from `config.lists`
 RATE = 4e10  # FLOPs a second of one core of a 2025 server, for guesses
 EVAL_SECONDS = 20.0  # of one replica
 
@@ -79,6 +82,28 @@ class Settings:
         """The budget in steps, rounded up to whole dispatches."""
         chunk = self.train.chunk
         return math.ceil(self.train.tokens / (self.per_step * chunk)) * chunk
+
+
+def points(config: ConfigDict, asked: str, known: Mapping[str, Mapping[str, Any]]) -> list[dict]:
+    """A point for each size and each of the names in `asked`, a list with commas; `known` has what
+    a name changes in the config, its tokens included, in whose place `train.tokens` stands if it is
+    not 0. Raises `UserError` for other names and scales.
+    """
+    if config.scale not in ("full", "smoke"):
+        raise UserError(f"scale is {config.scale!r}; use 'full' or 'smoke'")
+    full, found = config.scale == "full", []
+    for name in asked.split(","):
+        if name not in known:
+            raise UserError(f"no pairs {name!r}; {nearest(name, list(known))}")
+        change = dict(known[name])
+        tokens = config.train.tokens or change["train.tokens"]
+        change["train.tokens"] = tokens if full else tokens // 10
+        if change["data.pairs.kind"] in APT:
+            change["data.pairs.path"] = config.lists
+        for size, rate, seeds in LADDER if full else LADDER[:1]:
+            own = {"optim.learning_rate": rate, "seeds.replicas": seeds}
+            found.append({"name": f"{name}-{size}", "model.size": size, **change, **own})
+    return found
 
 
 def settings(config: ConfigDict) -> Settings:

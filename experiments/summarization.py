@@ -19,14 +19,14 @@ from ml_collections import ConfigDict
 
 from experiments import seq2seq, translation
 from experiments.own import Plan, Record
-from lm.config import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu")
-LADDER = (("2x16", 6e-3, 2), ("2x32", 5e-3, 2), ("4x32", 5e-3, 2), ("4x64", 3e-3, 2))
-SMOKE = ("2x16",)
-# Tokens of a run: 1,300 docstrings are known by heart after a few passes; the 24,000 synopses take
-# 25 passes, in which a model learns to copy rare words.
-TEXTS = {"docstrings": 5_000_000, "synopses": 40_000_000}
+# 1,300 docstrings are known by heart after a few passes; the 24,000 synopses take 25 passes, in
+# which a model learns to copy rare words.
+TEXTS = {
+    "docstrings": {"data.pairs.kind": "docstrings", "train.tokens": 5_000_000},
+    "synopses": {"data.pairs.kind": "synopses", "train.tokens": 40_000_000},
+}
 
 
 def get_config() -> ConfigDict:
@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     c = translation.get_config()
     del c.languages
     c.texts = "docstrings"
-    c.train.tokens = 0  # as many as TEXTS says
     c.data.update({"answer": 32, "baseline": "lead", "items": 2000})
     c.data.pairs.update({"kind": "docstrings", "longest": 250, "ratio": 0.0})
     return c
@@ -44,22 +43,7 @@ def points(config: ConfigDict) -> list[dict]:
     """One point per kind of text and size; "smoke" keeps the smallest with a tenth of the
     tokens.
     """
-    if config.scale not in ("full", "smoke"):
-        raise UserError(f"scale is {config.scale!r}; use 'full' or 'smoke'")
-    found = []
-    for kind in config.texts.split(","):
-        if kind not in TEXTS:
-            raise UserError(f"text {kind!r} is not one of {', '.join(TEXTS)}")
-        change = {"data.pairs.kind": kind}
-        change |= {"data.pairs.path": config.lists} if kind == "synopses" else {}
-        tokens = config.train.tokens or TEXTS[kind]
-        tokens = tokens if config.scale == "full" else tokens // 10
-        for size, rate, seeds in LADDER:
-            point = {"name": f"{kind}-{size}", "model.size": size, "train.tokens": tokens, **change}
-            point |= {"optim.learning_rate": rate, "seeds.replicas": seeds}
-            if config.scale == "full" or size in SMOKE:
-                found.append(point)
-    return found
+    return seq2seq.points(config, config.texts, TEXTS)
 
 
 def plan(config: ConfigDict, point: Mapping[str, Any]) -> Plan:
