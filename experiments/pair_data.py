@@ -32,19 +32,21 @@ LEAD_PAIRS = 500  # of the training pairs, on which the cut is chosen
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Pairs, their tokenizer, and rows of `length` tokens. `lang` is that of the targets, `answer`
-    the most tokens of an output, `baseline` what a model has to be better than.
+    the most tokens of an output and `beams` those of the search for it, `baseline` what a model has
+    to be better than.
     """
 
     pairs: PairsConfig
     tokenizer: TokenizerConfig
     length: int
     answer: int
+    beams: int = dataclasses.field(default=1, metadata={"omit": True})
     lang: str = "en"
     baseline: Literal["copy", "lead"] = "copy"
     items: int = 500  # held-out pairs that are scored, at most
 
     def __post_init__(self) -> None:
-        for name in ("length", "answer", "items"):
+        for name in ("length", "answer", "beams", "items"):
             positive(name, getattr(self, name))
 
 

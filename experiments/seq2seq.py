@@ -1,12 +1,13 @@
 """Small models that learn pairs of texts: what the studies `translation` and `summarization` share.
 
 A model reads `source \\n` and writes the target; only the target is in the loss. What it writes for
-the held-out sources, greedily, is scored as text, and beside every score stands that of a baseline
+the held-out sources is scored as text, and beside every score stands that of a baseline
 which writes the source, or its lead. A held-out source has no near copy in training
 (`lm.data.pairs`). A point's folder gets, for every replica, `outputs-REPLICA.jsonl`, which `lm
 score` reads, and `model-REPLICA`, which `lm translate` and `lm summarize` load.
 
-`python -m experiments.seq2seq WORKDIR` prints every replica's scores beside the baseline's.
+`python -m experiments.seq2seq WORKDIR [BEAMS]` prints every replica's scores beside the baseline's;
+with BEAMS, of what its model writes now by a search of so many beams.
 """
 
 import dataclasses
@@ -40,13 +41,14 @@ from lm.train.cell import Axis, Replica, SeedConfig
 from lm.train.population import make_population, replica
 from lm.train.record import params_sha256
 from lm.train.step import ALIVE, TrainState, make_chunk, make_step
-from lm.translate import TOKENIZER, answers
+from lm.translate import TOKENIZER, answers, open_model
 
 # Size, learning rate, seeds; `smoke` keeps the first, with a tenth of the tokens.
 LADDER = (("2x16", 6e-3, 2), ("2x32", 5e-3, 2), ("4x32", 5e-3, 2), ("4x64", 3e-3, 2))
 APT = ("synopses", "descriptions")  # kinds of pairs that come from `config.lists`
 RATE = 4e10  # FLOPs a second of one core of a 2025 server, for guesses
 EVAL_SECONDS = 20.0  # of one replica
+METRICS = text.METRICS[:-1]  # of `summary`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +219,7 @@ def score(
     task = record.plan.tasks[0]
     for index, who in enumerate(record.plan.replicas):
         loaded = keep(s, replica(states.params, index), data, record.folder / f"model-{index}")
-        written = answers(loaded, sources, tokens=s.data.answer)
+        written = answers(loaded, sources, tokens=s.data.answer, beams=s.data.beams)
         lines = [
             {"source": a, "text": b, "reference": c, "baseline": d}
             for a, b, c, d in zip(sources, written, references, data.baseline, strict=True)
@@ -242,16 +244,22 @@ def keep(s: Settings, params: Any, data: Prepared, folder: Path) -> Loaded:
     return loaded
 
 
-def summary(folder: Path, metrics: Sequence[str] = text.METRICS[:-1]) -> list[dict[str, Any]]:
-    """Every replica of a run directory beside its baseline, from the stored outputs."""
+def summary(folder: Path, beams: int = 0) -> list[dict[str, Any]]:
+    """Every replica of a run directory beside its baseline, from the stored outputs, or from what
+    the stored models write by a search of so many beams.
+    """
     study, found = rundir.read_json(folder / "study.json"), []
     for point in study["points"]:
         data = study["cell_configs"][point["name"]]["config"]["data"]
         for path in sorted((folder / point["name"]).glob("outputs-*.jsonl")):
             lines = [json.loads(line) for line in path.read_text().split("\n") if line]
             texts = {key: [line[key] for line in lines] for key in lines[0]}
+            if beams:
+                model = open_model(str(path.parent / path.stem.replace("outputs", "model")))
+                tokens = data["answer"]
+                texts["text"] = answers(model, texts["source"], tokens=tokens, beams=beams)
             ours, base = (
-                text.statistics(texts[key], texts["reference"], metrics, data["lang"])
+                text.statistics(texts[key], texts["reference"], METRICS, data["lang"])
                 for key in ("text", "baseline")
             )
             for result in text.compare(ours, base):
@@ -260,8 +268,8 @@ def summary(folder: Path, metrics: Sequence[str] = text.METRICS[:-1]) -> list[di
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints `summary` of the run directory `argv[0]`."""
-    for row in summary(Path(argv[0])):
+    """Prints `summary` of the run directory `argv[0]`, by `argv[1]` beams if that is there."""
+    for row in summary(Path(argv[0]), int(argv[1]) if argv[1:] else 0):
         result = row["result"]
         ours, base = result.score, result.against.other
         apart = (

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c = translation.get_config()
     del c.languages
     c.texts = "docstrings"
-    c.data.update({"answer": 32, "baseline": "lead", "items": 2000})
+    c.data.update({"answer": 32, "beams": 4, "baseline": "lead", "items": 2000})
     c.data.pairs.update({"kind": "docstrings", "longest": 250, "ratio": 0.0})
     return c
 

@@ -26,7 +26,7 @@ from lm.emergence import (
     report,
     table,
 )
-from lm.rundir import read_json, write_json
+from lm.rundir import read_json, read_lines, write_json
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +332,11 @@ def test_what_cannot_be_reported_is_the_users_mistake(tmp_path):
 BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-CHANGE = """<script>
+WATCH = """<script>
 window.addEventListener("error", e => document.body.dataset.error = e.message);
 window.addEventListener("unhandledrejection", e => document.body.dataset.error = e.reason);
+</script>"""
+CHANGE = """<script>
 const wait = setInterval(() => {
   if (document.body.dataset.ready !== "yes") return;
   clearInterval(wait);
@@ -351,6 +353,21 @@ const wait = setInterval(() => {
 </script>"""
 
 
+def browse(page, folder):
+    """The DOM of a page once its script has run; fails with what the console or the script says."""
+    copy = folder / "page.html"
+    copy.write_text(page)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", "--no-first-run", "--dump-dom"]
+    options += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=30000"]
+    options += ["--enable-logging=stderr", copy.as_uri()]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    said = re.findall("data-error=[^>]*", done.stdout)
+    assert not errors and not said, (errors, said)
+    return done.stdout
+
+
 @pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium")
 def test_the_page_draws_and_its_switches_work(study, tmp_path):
     """Fails if a chart is empty, the script raises, changing metric, axis or ability draws nothing,
@@ -358,16 +375,7 @@ def test_the_page_draws_and_its_switches_work(study, tmp_path):
     """
     page = (study / "report.html").read_text()
     head, _, tail = page.rpartition("</body>")
-    copy = tmp_path / "page.html"
-    copy.write_text(f"{head}{CHANGE}</body>{tail}")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync", "--no-first-run", "--dump-dom"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=30000"]
-    options += ["--enable-logging=stderr", copy.as_uri()]
-    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=120)
-    dom, log = done.stdout, done.stderr
-    errors = [line for line in log.splitlines() if "CONSOLE" in line]
-    assert not errors and "data-error" not in dom, errors or re.findall("data-error=[^>]*", dom)
+    dom = browse(f"{WATCH}{head}{CHANGE}</body>{tail}", tmp_path)
     assert 'data-drawn="nll text_loss"' in dom
     charts = re.findall(r"<figure.*?</figure>", dom, re.DOTALL)
     drawn = {name: [c for c in charts if f'"{name}"' in c and "<svg" in c] for name in KINDS}
@@ -383,3 +391,30 @@ def test_the_page_draws_and_its_switches_work(study, tmp_path):
 
 # Figures with a drawing: abilities, metrics of a one-token answer, closer looks, losses, the law.
 KINDS = {"curve": 3, "closer mirage": 5, "closer": 5, "path": 2, "law": 1}
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium: apt-get install chromium")
+def test_a_study_of_texts_alone_is_drawn(tmp_path, capsys):
+    """Breaks if a study without exact match has a page whose script stops at the verdicts that are
+    not there, a figure without its baseline, or an empty table in the terminal.
+    """
+    path = run_directory(tmp_path / "texts", steps=(0, 250))
+    study = read_json(path / "study.json")
+    write_json(path / "study.json", study | {"tasks": []})
+    for cell in path.glob("n*"):
+        rows, _ = read_lines(cell / "rows.jsonl")
+        (cell / "rows.jsonl").unlink()
+        kept = [row for row in rows if row["metric"] == "bpb"]
+        scored = {"task": "translation", "level": "de"}
+        with table.RowWriter(cell / "rows.jsonl") as writer:
+            for metric in ("bleu", "copy_bleu"):
+                writer.append([row | scored | {"metric": metric} for row in kept])
+    assert report.main([str(path)]) == 0
+    assert "begins at" not in capsys.readouterr().out
+    assert [p.stem for p in (path / "figures").glob("*.png")] == ["translation-de-bleu"]
+    page = (path / "report.html").read_text()
+    dom = browse(page.replace("<head>", f"<head>{WATCH}", 1), tmp_path)
+    assert 'data-ready="yes"' in dom
+    figure = re.search('<figure class="score".*?</figure>', dom, re.DOTALL)[0]
+    assert "translation de: BLEU" in figure and ">copy<" in figure
+    assert len(re.findall(r'aria-roledescription="point"', figure)) == 30

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from experiments import pair_data, seq2seq
+from experiments import pair_data, seq2seq, summarization
 from lm import models, sizes
 from lm.cli import main
 from lm.config import UserError
@@ -150,3 +150,22 @@ def test_the_verbs_load_what_a_study_keeps(data, loaded, tmp_path, capsys, monke
     for mistake in (["", "x"], [checkpoint, " "], [checkpoint, "x", "--beams=0"], ["nowhere", "x"]):
         assert main(["translate", *mistake]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_ladder_of_a_study_of_pairs():
+    """Breaks if apt's folder or a budget is lost on the way, smoke has two sizes, or a wrong name
+    trains something.
+    """
+    config = summarization.get_config()
+    config.update({"texts": "docstrings,synopses", "lists": "somewhere"})
+    points = {point["name"]: point for point in summarization.points(config)}
+    assert len(points) == 8 and "data.pairs.path" not in points["docstrings-2x16"]
+    assert points["synopses-4x64"]["data.pairs.path"] == "somewhere"
+    assert points["synopses-4x64"]["train.tokens"] == 8 * points["docstrings-4x64"]["train.tokens"]
+    config.update({"scale": "smoke", "texts": "synopses", "train": {"tokens": 1000}})
+    assert [(p["name"], p["train.tokens"]) for p in summarization.points(config)] == [
+        ("synopses-2x16", 100)
+    ]
+    config.texts = "synopsis"
+    with pytest.raises(UserError, match="did you mean 'synopses'"):
+        summarization.points(config)

@@ -25,7 +25,9 @@ ORIGIN = """<aside id="origin" role="dialog" aria-label="where a mark comes from
 def render(page: Content) -> str:
     """The page as HTML."""
     name = html.escape(page.analysis["study"])
-    sections = [head(page), verdicts(page), multiples(page), breakthroughs(page), closer(page)]
+    sections = [head(page)]
+    if page.analysis["verdicts"]:  # a study of texts has none
+        sections += [verdicts(page), multiples(page), breakthroughs(page), closer(page)]
     sections += [_scores(page), _training(page), _scaling(page), _provenance(page), _cost(page)]
     data = json.dumps(browser_data(page), separators=(",", ":"), allow_nan=False)
     return "\n".join(

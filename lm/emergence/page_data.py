@@ -109,6 +109,9 @@ def figures(page: Content, share: Share = map) -> dict[str, bytes]:
             specs[f"{task}-{level}-{metric}"] = spec
         title = f"{words(page, task, level)}: share of seeds that broke through"
         specs[f"{task}-{level}-share"] = plots.fill(template, title, rungs=shares(verdict))
+    for score in page.scores:
+        name = "-".join(score[key] for key in ("task", "level", "metric"))
+        specs[name] = _score(page, score, templates["params"])
     if page.analysis["scaling"]["alpha"] is not None:
         specs["text-law"] = law(page)
     return dict(zip(specs, share(plots.png, specs.values()), strict=True))
@@ -127,6 +130,13 @@ def datasets(page: Content, verdict: dict[str, Any], metric: str) -> dict[str, l
         else [],
         "limits": [{"value": v} for v in (0, 1)] if metric in plots.RATES else [],
     }
+
+
+def _score(page: Content, score: dict[str, Any], template: dict[str, Any]) -> dict[str, Any]:
+    keys = {key: score[key] for key in ("task", "level", "metric")}
+    seeds = _where(page.seeds, keys)
+    data = {"seeds": _records(seeds[seeds["final"]]), "rungs": _records(_where(page.rungs, keys))}
+    return plots.fill(template, score["title"], **data, chance=score["chance"])
 
 
 def law(page: Content) -> dict[str, Any]:

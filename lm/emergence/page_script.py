@@ -134,6 +134,7 @@ function origin(row) {
 }
 
 async function drawCurves() {
+  if (!$("metric")) return;
   const metric = $("metric").value, x = $("x").value;
   document.body.dataset.drawn = "";
   document.body.dataset.x = x === "params" ? "size" : "path";
@@ -195,7 +196,7 @@ function closer(task, known, chart, metric, figure) {
 }
 
 async function start() {
-  for (const id of ["metric", "x"]) $(id).addEventListener("change", drawCurves);
+  for (const id of ["metric", "x"]) $(id)?.addEventListener("change", drawCurves);
   if ($("ability")) $("ability").addEventListener("change", drawCloser);
   for (const link of document.querySelectorAll("[data-open]")) {
     link.addEventListener("click", () => {

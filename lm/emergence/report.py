@@ -140,7 +140,8 @@ def show(analysis: dict[str, Any], page: Path) -> None:
         verdict = f"[{STYLE[row['verdict']].terminal}]{row['verdict']}[/]"
         cells = (si(row["onset_params"]), between(row["ci95"]), p_value(row["p_holm"]))
         grid.add_row(row["task"], row["level"], verdict, *cells, row["reason"])
-    console.print(grid)
+    if analysis["verdicts"]:
+        console.print(grid)
     law = analysis["scaling"]
     if law["alpha"] is not None:
         low_high = law["ci95"] and [-end for end in reversed(law["ci95"])]
