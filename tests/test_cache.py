@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, family, make_params
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lm.attention import MOVED, Mask, attention
 from lm.config import UserError
 from lm.models import LSTMConfig, build, empty_cache
+from lm.sharding import make_mesh
 
 QUICK = {"xla_backend_optimization_level": 0}
 CAUSAL = [name for name in FAMILIES if family(name).direction == "causal"]
@@ -130,14 +129,11 @@ def test_a_piece_of_a_cache_of_any_shape(seed):
     arrays = segments[:, start : start + T], segments
     prefix = jnp.full(B, S // 3) if seed % 2 else None
     mask = Mask(seed != 2, 20 if seed == 3 else None, *arrays, prefix, start=jnp.int32(start))
-    devices = jax.devices()[: 1 + seed % 2]
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    found, want = (
-        jax.jit(partial(attention, impl=impl), out_shardings=NamedSharding(mesh, P("data")))(
-            *jax.device_put((q, k, v), NamedSharding(mesh, P("data"))), mask
+    mesh = make_mesh("replicated", jax.devices()[: 1 + seed % 2])
+    with jax.set_mesh(mesh):
+        found, want = (
+            jax.jit(partial(attention, impl=impl))(q, k, v, mask) for impl in ("cpu", "reference")
         )
-        for impl in ("cpu", "reference")
-    )
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
