@@ -62,7 +62,8 @@ class Prepared:
 
 def prepared(config: DataConfig, folder: Path) -> Prepared:
     """The data of a config in `folder`, made there on first use."""
-    own = folder / f"pairs-{fingerprint(config)}"
+    same = dataclasses.replace(config, beams=1)  # of a search, which changes no data
+    own = folder / f"pairs-{fingerprint(same)}"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(own.with_suffix(".lock")):
         if not (own / "train").exists():

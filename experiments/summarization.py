@@ -1,8 +1,8 @@
 """From which size does a model summarize better than the lead of the text does?
 
 Command   lm run experiments/summarization.py --workdir=runs/summarization
-Cost      26 minutes of two cores for synopses, 3 for docstrings (--config.scale=smoke: the smallest
-          size, a tenth of the tokens, a minute)
+Cost      26 minutes of two cores for synopses, 3 for docstrings when searched greedily
+          (--config.scale=smoke: the smallest size, a tenth of the tokens)
 Expected  synopses, ROUGE-1 of both seeds, where the lead has 37.2 [36.0, 38.2]: 17 at 2x16, 35 and
           37 at 2x32, 41 at 4x32, 42 at 4x64, the last two with intervals apart from the lead's, in
           ROUGE-2 and ROUGE-L too; greedily 38 and 39 at 4x64. Docstrings: 11 against 20

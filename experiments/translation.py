@@ -1,7 +1,7 @@
 """From which size does a model translate better than by copying the source?
 
 Command   lm run experiments/translation.py --workdir=runs/translation --config.lists=LISTS
-Cost      de 14 minutes of two cores, kjv 16 (--config.scale=smoke: the smallest size, a tenth
+Cost      de 12 minutes of two cores, kjv 15 (--config.scale=smoke: the smallest size, a tenth
           of the tokens)
 Expected  de, BLEU of both seeds, where the copy has 8.5 [6.9, 10.3]: 7 and 8 at 2x16, 16 at 2x32,
           19 and 21 at 4x32, 23 at 4x64. kjv, copy 46.1 [44.2, 47.8]: 19 and 20, 51 and 53, 55 and

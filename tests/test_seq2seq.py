@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,8 +16,10 @@ from lm.config import UserError
 from lm.data.loader import read_rows
 from lm.data.pair_readers import PairsConfig
 from lm.data.tokenizer import BOS, EOS, TokenizerConfig
+from lm.eval.text import statistics
 from lm.pretrained import Loaded
 from lm.pretrained.tokenizer import from_ours
+from lm.rundir import write_json
 from lm.translate import answers
 
 WORDS = ("ka", "lo", "mi", "nu", "pe", "ra")
@@ -169,3 +172,28 @@ def test_the_ladder_of_a_study_of_pairs():
     config.texts = "synopsis"
     with pytest.raises(UserError, match="did you mean 'synopses'"):
         summarization.points(config)
+
+
+def test_beams_are_of_the_kept_model_and_stored_outputs_stay(data, loaded, tmp_path):
+    """Breaks if BEAMS is not searched with, or what was stored is scored in its place."""
+    prepared, config, folder = data
+    s = SimpleNamespace(model=loaded.config)
+    seq2seq.keep(s, loaded.params, prepared, tmp_path / "it" / "model-0")
+    sources, references = (list(texts) for texts in zip(*prepared.heldout, strict=True))
+    lines = [
+        {"source": a, "text": b, "reference": b, "baseline": a}
+        for a, b in zip(sources, references, strict=True)
+    ]
+    stored = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "it" / "outputs-0.jsonl").write_text(stored)
+    about = {"it": {"config": {"data": {"lang": "en", "answer": 8}}}}
+    write_json(tmp_path / "study.json", {"points": [{"name": "it"}], "cell_configs": about})
+    assert all(row["result"].score.value == 100 for row in seq2seq.summary(tmp_path)[:2])
+    found = {r["result"].metric: r["result"].score.value for r in seq2seq.summary(tmp_path, 3)}
+    written = {beams: answers(loaded, sources, tokens=8, beams=beams) for beams in (1, 3)}
+    chrf = {b: statistics(w, references, ("chrf",), "en") for b, w in written.items()}
+    assert written[1] != written[3]
+    assert found["chrf"] == pytest.approx(chrf[3]["chrf"].value, rel=1e-6)
+    made = len(list(folder.glob("pairs-*.lock")))
+    pair_data.prepared(dataclasses.replace(config, beams=3), folder)
+    assert len(list(folder.glob("pairs-*.lock"))) == made

@@ -5,15 +5,15 @@ place of texts: no tokenizer takes part, and no file. Each call scores the next 
 all parts about equally long; results are the log-likelihoods of the first.
 """
 
+import dataclasses
 import itertools
 from typing import Any
 
 import numpy as np
 
 from lm.bench.cases import EvalCase
-from lm.bench.work import Work, weight
+from lm.bench.work import Work
 
-EPSILON, BASE = 1e-5, 100_000.0  # of the norms; of the rotary angles
 BATCH = 64  # of HFLM: a little faster than 16, and 4 takes 2.6 times as long as that
 LIMIT = 2048
 
@@ -38,7 +38,7 @@ def ours(case: EvalCase) -> Work:
     from lm.eval.continuations import Request, score
     from lm.models import build
 
-    config = llama(case, norm_epsilon=EPSILON, rope_base=BASE)
+    config = llama(case)
     built, params = build(config), drawn(config)
 
     def run(part: int) -> np.ndarray:
@@ -57,8 +57,10 @@ def hflm(case: EvalCase) -> Work:
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from lm.bench.decode_peer import load
+
     lm = HFLM(
-        pretrained=_llama(case).eval().to(torch.float32),
+        pretrained=load(dataclasses.asdict(case)).to(torch.float32),
         tokenizer=_tokenizer(case),
         batch_size=BATCH,
         max_length=LIMIT,
@@ -80,47 +82,6 @@ def _work(case: EvalCase, run: Any) -> Work:
     parts = itertools.cycle(range(case.parts))
 
     return Work(lambda: run(next(parts)), lambda: {"log_likelihood": run(0)})
-
-
-def _llama(case: EvalCase) -> Any:
-    """The PyTorch model with our weights in its layout."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    L, D, N, K, F = case.layers, case.width, case.heads, case.kv_heads, case.mlp_size
-    G, H = N // K, D // N
-    about = LlamaConfig(
-        vocab_size=case.vocab,
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=L,
-        num_attention_heads=N,
-        num_key_value_heads=K,
-        rms_norm_eps=EPSILON,
-        rope_parameters={"rope_type": "default", "rope_theta": BASE},
-        tie_word_embeddings=True,
-        max_position_embeddings=LIMIT,
-    )
-    found = LlamaForCausalLM(about)
-    qkv = weight("layers/qkv", (L, D, K * (G + 2) * H)).reshape(L, D, K, G + 2, H)
-    shapes = {"out": (L, D, D), "gate": (L, D, F), "up": (L, D, F), "down": (L, F, D)}
-    stacked = {name: weight(f"layers/{name}", shape) for name, shape in shapes.items()}
-    stacked |= {"q": qkv[:, :, :, :G].reshape(L, D, D)}
-    stacked |= {"k": qkv[:, :, :, G].reshape(L, D, -1), "v": qkv[:, :, :, G + 1].reshape(L, D, -1)}
-    where = {
-        **{name: f"self_attn.{name}_proj" for name in "qkv"},
-        "out": "self_attn.o_proj",
-        **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-    }
-    state = {
-        f"model.layers.{layer}.{where[name]}.weight": torch.from_numpy(value[layer].T.copy())
-        for name, value in stacked.items()
-        for layer in range(L)
-    }
-    state["model.embed_tokens.weight"] = torch.from_numpy(weight("embed", (case.vocab, D)))
-    missing, unexpected = found.load_state_dict(state, strict=False)  # the norms are ones
-    assert not unexpected and all("norm" in n or n == "lm_head.weight" for n in missing)
-    return found
 
 
 def _tokenizer(case: EvalCase) -> Any:

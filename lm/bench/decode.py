@@ -109,7 +109,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(case: DecodeCase, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of a case: every implementation in a process of its own, in turn."""
-    from lm.bench.timing import Failed, Lane, allowed_threads, interleave, prepare, started
+    from lm.bench.timing import Lane, allowed_threads, interleave, prepare_all, started
 
     threads = allowed_threads()
     impls = [*args.impls, *(["transformers"] if args.peers else [])]
@@ -118,13 +118,8 @@ def measure(case: DecodeCase, args: argparse.Namespace) -> list[dict[str, Any]]:
     lanes = [
         Lane(impl, "xla", threads, [spec | {"impl": impl}], command.get(impl, ())) for impl in impls
     ]
-    ready, reasons = {}, {}
     with started(lanes) as workers:
-        for lane in lanes:
-            try:
-                ready[lane.impl] = prepare(lane, workers[lane.impl])
-            except Failed as failed:
-                reasons[lane.impl] = str(failed)
+        ready, reasons = prepare_all(lanes, workers)
         logits = {impl: found.results["logits"] for impl, found in ready.items()}
         errors = _errors(logits)
         for impl, error in errors.items():

@@ -23,8 +23,8 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
 
 
-def load(case: dict[str, int]) -> Any:
-    """The model with our weights in its layout."""
+def load(case: dict[str, Any]) -> Any:
+    """The model of a case, whose other settings may be anything, with our weights in its layout."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

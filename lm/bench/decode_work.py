@@ -53,7 +53,7 @@ def _fill(model: Any, params: Any, prompt: np.ndarray) -> None:
     jax.block_until_ready(loop.read_prompts(model, params, [prompt], 1).logits)
 
 
-def llama(case: DecodeCase | EvalCase, **settings: Any) -> TransformerConfig:
+def llama(case: DecodeCase | EvalCase) -> TransformerConfig:
     """The model of a case."""
     return TransformerConfig(
         vocab_size=case.vocab,
@@ -62,7 +62,6 @@ def llama(case: DecodeCase | EvalCase, **settings: Any) -> TransformerConfig:
         heads=case.heads,
         kv_heads=case.kv_heads,
         mlp_size=case.mlp_size,
-        **settings,
     )
 
 

@@ -187,19 +187,27 @@ class Job:
     product_size: int
 
 
+def prepare_all(
+    lanes: Sequence[Lane], workers: Mapping[str, Sequence[Worker]]
+) -> tuple[dict[str, Ready], dict[str, str]]:
+    """Those that are ready by name, and why the others are not."""
+    ready: dict[str, Ready] = {}
+    reasons: dict[str, str] = {}
+    for lane in lanes:
+        try:
+            ready[lane.impl] = prepare(lane, workers[lane.impl])
+        except Failed as failed:
+            reasons[lane.impl] = str(failed)
+    return ready, reasons
+
+
 def measure(job: Job, repeats: int) -> list[dict[str, Any]]:
     """The rows of a case, in the order of its lanes."""
     threads = max(lane.threads * len(lane.specs) for lane in job.lanes)
     spec = {"bench": PRODUCT, "size": job.product_size}
     lanes = [Lane(PRODUCT, "xla", threads, [spec]), *job.lanes]
-    ready: dict[str, Ready] = {}
-    reasons: dict[str, str] = {}
     with started(lanes) as workers:
-        for lane in lanes:
-            try:
-                ready[lane.impl] = prepare(lane, workers[lane.impl])
-            except Failed as failed:
-                reasons[lane.impl] = str(failed)
+        ready, reasons = prepare_all(lanes, workers)
         errors = _compare(job, ready)
         for impl, (error, other) in errors.items():
             if not error <= _tolerance(job):  # NaN is no agreement
